@@ -1,0 +1,36 @@
+"""The command `nanovllm`: generate | chat | inspect | collect-env. Each subcommand is a small module."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from nanovllm.cli import chat, collect_env, generate, inspect_model
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(prog="nanovllm", description="A small, readable LLM inference engine.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in (generate, chat, inspect_model, collect_env):
+        module.add_parser(commands)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. A mistake of the user is one sentence on stderr and exit status 2."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, TypeError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"nanovllm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

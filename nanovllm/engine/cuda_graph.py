@@ -1,0 +1,49 @@
+"""Decode steps as CUDA graphs: a step of some 300 launches at 7 µs each becomes one launch of 4 µs.
+
+A graph is recorded once per batch size over buffers that never move; a step fills the buffers and replays the
+smallest graph that holds it. Sizes 1 to 16 are exact, since that is where padding would show; then steps of 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from tqdm.auto import tqdm
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Batch sizes to record: 1, 2, …, 16, 24, 32, … and `max_num_seqs` itself."""
+    return sorted({*range(1, min(16, max_num_seqs) + 1), *range(24, max_num_seqs + 1, 8), max_num_seqs})
+
+
+class DecodeGraphs:
+    """One recorded graph per batch size. `forward(size)` runs a decode step on the fixed buffers: hidden states [size, hidden]."""
+
+    def __init__(self, forward: Callable[[int], torch.Tensor], sizes: list[int]) -> None:
+        self._forward = forward
+        self._sizes = sizes
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._outputs: dict[int, torch.Tensor] = {}
+
+    def capture(self, show_progress: bool) -> None:
+        """Record all sizes, the largest first so that the smaller ones fit into its memory pool."""
+        pool: tuple[int, int] | None = None
+        for size in tqdm(self._sizes[::-1], desc="Capturing CUDA graphs", disable=not show_progress, leave=False):
+            self._forward(size)  # compiles kernels and fills the caches that a recording must not touch
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._outputs[size] = self._forward(size)
+            pool = pool or graph.pool()
+            self._graphs[size] = graph
+        torch.cuda.synchronize()
+
+    def size_for(self, num_seqs: int) -> int:
+        """The smallest recorded size that holds `num_seqs` rows."""
+        return next(size for size in self._sizes if size >= num_seqs)
+
+    def replay(self, size: int) -> torch.Tensor:
+        """Run the graph; its hidden states [size, hidden] stay valid until the next replay."""
+        self._graphs[size].replay()
+        return self._outputs[size]

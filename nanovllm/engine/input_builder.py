@@ -1,0 +1,130 @@
+"""From a `ScheduledBatch` (plain Python) to a `ForwardBatch` (tensors): one packed copy to the device a step.
+
+Decode-only steps use buffers at fixed addresses, which is what lets a CUDA graph replay them; their block table is
+kept between steps and only new blocks are written. Steps with prefill chunks are packed to their exact size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from nanovllm.engine.batch import ScheduledBatch, ScheduledSequence
+from nanovllm.engine.staging import Staging
+from nanovllm.layers.attention.backend import AttentionMetadata
+from nanovllm.layers.forward_batch import ForwardBatch
+
+_I64, _I32 = np.dtype(np.int64), np.dtype(np.int32)
+
+
+class InputBuilder:
+    """Owns the host and device buffers of the inputs; allocates nothing on the device after construction."""
+
+    def __init__(
+        self, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, block_size: int, device: torch.device
+    ) -> None:
+        self.block_size, self.max_model_len, self.device = block_size, max_model_len, device
+        self.max_blocks = -(-max_model_len // block_size)
+        rows, tokens = max_num_seqs, max_num_batched_tokens
+        table_bytes = rows * self.max_blocks * 4
+        self.mixed = Staging(tokens * 24 + rows * 24 + table_bytes + 256, device)
+        self.decode = Staging(rows * 32 + table_bytes + 256, device)
+        shapes = [((rows,), _I64)] * 3 + [((rows,), _I32), ((rows, self.max_blocks), _I32)]
+        self._ids, self._positions, self._slots, self._context_lens, self._table = self.decode.reserve(shapes)
+        self._query_start = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        # Which sequence's blocks each row of the decode table holds, and how many of them.
+        self._row_owner: list[tuple[int, int] | None] = [None] * rows
+        self._row_blocks = [0] * rows
+
+    # -- decode-only steps -------------------------------------------------------------------------------------------
+
+    def build_decode(self, batch: ScheduledBatch, padded: int) -> ForwardBatch:
+        """Inputs of a decode-only step in the fixed buffers, padded to `padded` rows.
+
+        Padding rows have context length 0 and slot -1: attention and the KV store skip them.
+        """
+        items, n = batch.scheduled, len(batch.scheduled)
+        positions = np.fromiter((item.start for item in items), _I64, n)
+        self._ids.host[:n] = [item.seq.token_ids[item.start] for item in items]
+        self._positions.host[:n] = positions
+        self._context_lens.host[:n] = positions + 1
+        for row, item in enumerate(items):
+            self._update_table_row(row, item)
+        block_index, offset = np.divmod(positions, self.block_size)
+        self._slots.host[:n] = self._table.host[np.arange(n), block_index].astype(_I64) * self.block_size + offset
+        if padded > n:
+            self._ids.host[n:padded] = 0
+            self._positions.host[n:padded] = 0
+            self._slots.host[n:padded] = -1
+            self._context_lens.host[n:padded] = 0
+        self.decode.copy(self._table.end_of_rows(n))
+        return self.decode_view(padded, [item.context_len for item in items])
+
+    def decode_view(self, size: int, context_lens: list[int] | None = None) -> ForwardBatch:
+        """The fixed buffers as a decode batch of `size` rows; without lengths, one that a graph can capture."""
+        lengths = context_lens if context_lens is not None else [self.max_model_len] * size
+        metadata = AttentionMetadata(
+            num_decodes=size,
+            query_start=self._query_start[: size + 1],
+            context_lens=self._context_lens.device[:size],
+            block_table=self._table.device[:size],
+            slot_mapping=self._slots.device[:size],
+            max_query_len=1,
+            max_context_len=max(lengths),
+            query_lens_cpu=[1] * size,
+            context_lens_cpu=lengths,
+        )
+        return ForwardBatch(self._ids.device[:size], self._positions.device[:size], metadata, logits_rows=None)
+
+    def _update_table_row(self, row: int, item: ScheduledSequence) -> None:
+        owner = (item.seq.seq_id, item.seq.num_preemptions)
+        blocks, have = item.block_table, self._row_blocks[row]
+        if self._row_owner[row] != owner:
+            self._row_owner[row], have = owner, 0
+        if have < len(blocks):
+            self._table.host[row, have : len(blocks)] = blocks[have:]
+            self._row_blocks[row] = len(blocks)
+
+    # -- steps with prefill ------------------------------------------------------------------------------------------
+
+    def build(self, batch: ScheduledBatch, prompt_lens: bool = False) -> ForwardBatch:
+        """Inputs of any step, packed to their exact size. `prompt_lens`: also what dynamic NTK needs."""
+        items, b, t = batch.scheduled, len(batch.scheduled), batch.num_tokens
+        width = max(len(item.block_table) for item in items)
+        sections = self.mixed.reserve(
+            [((t,), _I64)] * 3 + [((batch.num_samples,), _I64), ((b + 1,), _I32), ((b,), _I32), ((b, width), _I32)]
+        )
+        ids, positions, slots, rows, query_start, context_lens, table = (section.host for section in sections)
+        query_lens = [item.num_tokens for item in items]
+        query_start[0] = 0
+        np.cumsum(query_lens, out=query_start[1:])
+        context_lens[:] = [item.context_len for item in items]
+        table[:] = 0
+        for i, item in enumerate(items):
+            span = slice(query_start[i], query_start[i + 1])
+            ids[span] = item.token_ids
+            positions[span] = item.positions
+            slots[span] = item.slots(self.block_size)
+            table[i, : len(item.block_table)] = item.block_table
+        rows[:] = [query_start[i + 1] - 1 for i, item in enumerate(items) if item.samples]
+        self.mixed.copy(sections[-1].end)
+        ids_d, positions_d, slots_d, rows_d, query_start_d, context_lens_d, table_d = (s.device for s in sections)
+        lengths = [item.context_len for item in items]
+        metadata = AttentionMetadata(
+            num_decodes=batch.num_decodes,
+            query_start=query_start_d,
+            context_lens=context_lens_d,
+            block_table=table_d,
+            slot_mapping=slots_d,
+            max_query_len=max(query_lens),
+            max_context_len=max(lengths),
+            query_lens_cpu=query_lens,
+            context_lens_cpu=lengths,
+        )
+        return ForwardBatch(
+            ids_d, positions_d, metadata, rows_d, self._prompt_lens(items, query_lens) if prompt_lens else None
+        )
+
+    def _prompt_lens(self, items: tuple[ScheduledSequence, ...], query_lens: list[int]) -> torch.Tensor:
+        lens = np.repeat([item.seq.num_prompt_tokens for item in items], query_lens)
+        return torch.from_numpy(lens).to(self.device)

@@ -1,0 +1,260 @@
+"""The engine: requests in, one step at a time, tokens out. It composes scheduler, runner and tokenizer.
+
+    make_request -> submit -> step, step, … -> Request.output()
+
+All methods may be called from any thread: one lock guards them. Whatever a request does wrong ends that request with
+`error` set; a step that fails as a whole (say out of memory) ends the requests that were in it. The engine goes on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanovllm.config import EngineConfig
+from nanovllm.engine.batch import ScheduledBatch
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.model_runner import ModelRunner, StepOutput
+from nanovllm.engine.request import Completion, Request
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Sequence as EngineSequence
+from nanovllm.loader.detokenizer import IncrementalDetokenizer, StopChecker
+from nanovllm.loader.tokenizer import Tokenizer
+from nanovllm.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StepInfo:
+    """What one step ran, in tokens."""
+
+    num_tokens: int
+    num_prefill_tokens: int
+
+
+class LLMEngine:
+    """A loaded model with its scheduler and KV cache. Raises while loading, never while serving."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.runner = ModelRunner(config)
+        self.tokenizer: Tokenizer | None = self.runner.load_tokenizer()
+        self.model_config = self.runner.model_config
+        self.max_model_len = self.runner.max_model_len
+        blocks = BlockManager(self.runner.num_blocks, config.kvcache_block_size, config.enable_prefix_caching)
+        self.scheduler = Scheduler(config.max_num_seqs, config.max_num_batched_tokens, self.max_model_len, blocks)
+        self._requests: dict[str, Request] = {}
+        self._owner: dict[int, tuple[Request, Completion]] = {}  # by seq_id, unfinished ones
+        self._lock = threading.RLock()
+        self._seq_ids = itertools.count()
+        self._random = random.Random(config.seed)
+        self._closed = False
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def make_request(
+        self, prompt: Any, params: SamplingParams | None, *, streaming: bool = False, request_id: str | None = None
+    ) -> Request:
+        """Check a prompt and its parameters and turn them into a request, which `submit` then queues.
+
+        `prompt`: a string, token ids, or a dictionary with "prompt" or "prompt_token_ids". ValueError or TypeError
+        with one sentence for anything that could never run.
+        """
+        params = params if params is not None else SamplingParams()
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"sampling_params must be a SamplingParams, got {type(params).__name__}")
+        text, token_ids = self._tokenize(prompt)
+        vocab_size = self.model_config.vocab_size
+        bad = next((t for t in token_ids if not 0 <= t < vocab_size), None)
+        if bad is not None:
+            raise ValueError(f"token id {bad} is outside the vocabulary of {vocab_size} tokens: use ids from 0 to {vocab_size - 1}")
+        self.scheduler.check_prompt(len(token_ids))
+        params.check_token_ids(vocab_size)
+        if params.stop_strings and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer: load the model with one or use stop_token_ids")
+        with self._lock:
+            request_id = request_id if request_id is not None else f"request-{next(self._seq_ids)}"
+            seed = params.seed if params.seed is not None else self._random.getrandbits(63)
+            completions = [
+                self._make_completion(request_id, token_ids, params, index, seed, streaming) for index in range(params.n)
+            ]
+        return Request(request_id, text, token_ids, params, completions, self.tokenizer)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests; they run from the next step on."""
+        with self._lock:
+            self._check_open()
+            for request in requests:
+                if request.request_id in self._requests:
+                    raise ValueError(f"request id {request.request_id!r} is in use: ids of running requests must be unique")
+            for request in requests:
+                self._requests[request.request_id] = request
+                for completion in request.completions:
+                    self._owner[completion.seq.seq_id] = (request, completion)
+                    self.scheduler.add(completion.seq)
+
+    def abort(self, request_id: str) -> None:
+        """End a request with `finish_reason == "abort"`; nothing happens if it has ended already."""
+        with self._lock:
+            request = self._requests.get(request_id)
+            for completion in request.completions if request else ():
+                self._end(completion.seq, "abort")
+
+    # -- stepping ----------------------------------------------------------------------------------------------------
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether anything is queued or running."""
+        return self.scheduler.has_unfinished
+
+    def step(self) -> StepInfo | None:
+        """Run one step for everybody; None when there was nothing to do."""
+        with self._lock:
+            self._check_open()
+            if not self.scheduler.has_unfinished:
+                return None
+            batch = self.scheduler.schedule()
+            try:
+                output = self.runner.execute(batch)
+            except Exception as error:  # whatever went wrong on the device belongs to this batch, not to the engine
+                logger.exception("a step failed; its %d sequences end with an error", len(batch.scheduled))
+                self._fail(batch, f"the step failed: {error}")
+            else:
+                self._process(batch, output)
+            decodes = batch.num_decodes
+            return StepInfo(batch.num_tokens, batch.num_tokens - decodes)
+
+    def step_until(self, done: Callable[[], bool]) -> None:
+        """Step until `done()`; other threads may do part of the stepping."""
+        while not done():
+            with self._lock:
+                if not done() and self.step() is None:
+                    return
+
+    def _process(self, batch: ScheduledBatch, output: StepOutput) -> None:
+        """Give every sequence its token, then end those that their text or an error ends."""
+        for seq, logprobs in output.prompt_logprobs:
+            request, _ = self._owner[seq.seq_id]
+            request.prompt_logprobs = (request.prompt_logprobs or []) + self._with_text(logprobs)
+        for seq, error in output.errors:
+            self._owner[seq.seq_id][0].error = error
+            self._end(seq, "error")
+        for seq in self.scheduler.update(batch, output.token_ids):
+            request, completion = self._owner[seq.seq_id]
+            token_id = seq.token_ids[-1]
+            if completion.logprobs is not None:
+                entry = output.logprobs[seq.seq_id]
+                completion.logprobs += self._with_text([entry])
+                completion.cumulative_logprob += entry[token_id].logprob
+            stop = request.on_token(completion, token_id)
+            if stop is not None:
+                self.scheduler.finish(seq, "stop", stop)
+            if seq.is_finished:
+                self._forget(seq)
+
+    def _fail(self, batch: ScheduledBatch, error: str) -> None:
+        self.scheduler.rollback(batch)
+        for item in batch.scheduled:
+            owner = self._owner.get(item.seq.seq_id)
+            if owner is not None:
+                owner[0].error = error
+                self._end(item.seq, "error")
+
+    def _end(self, seq: EngineSequence, reason: str) -> None:
+        """End a sequence from outside; nothing happens if it has ended."""
+        if seq.seq_id in self._owner:
+            self.scheduler.finish(seq, reason)
+            self._forget(seq)
+
+    def _forget(self, seq: EngineSequence) -> None:
+        request, completion = self._owner.pop(seq.seq_id)
+        request.on_finished(completion)
+        if request.finished:
+            self._requests.pop(request.request_id, None)
+
+    # -- text --------------------------------------------------------------------------------------------------------
+
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer; ValueError when the engine runs without one."""
+        if self.tokenizer is None:
+            raise ValueError("this engine has no tokenizer: load the model with one, or pass token ids")
+        return self.tokenizer
+
+    def render_chat(
+        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, **template_kwargs: Any
+    ) -> dict[str, Any]:
+        """A conversation as a prompt: {"prompt": text, "prompt_token_ids": ids}. The template writes its own BOS."""
+        tokenizer = self.require_tokenizer()
+        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=add_generation_prompt, **template_kwargs)
+        return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+
+    def _tokenize(self, prompt: Any) -> tuple[str | None, list[int]]:
+        text: str | None = None
+        if isinstance(prompt, dict):
+            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+            if unknown or not prompt:
+                raise ValueError(f'a prompt dictionary has "prompt" or "prompt_token_ids", got {sorted(prompt)}')
+            text, prompt = prompt.get("prompt"), prompt.get("prompt_token_ids", prompt.get("prompt"))
+        if isinstance(prompt, str):
+            return prompt, self.require_tokenizer().encode(prompt)
+        try:
+            return text, [_as_token_id(token) for token in prompt]
+        except TypeError as error:
+            raise TypeError(f"a prompt is a string or a list of token ids: {error}") from error
+
+    def _make_completion(
+        self, request_id: str, token_ids: list[int], params: SamplingParams, index: int, seed: int, streaming: bool
+    ) -> Completion:
+        room = self.max_model_len - len(token_ids)
+        seq = EngineSequence(
+            next(self._seq_ids),
+            request_id,
+            token_ids,
+            max_tokens=room if params.max_tokens is None else params.max_tokens,
+            min_tokens=params.min_tokens,
+            eos_token_ids=frozenset(self.runner.eos_token_ids),
+            stop_token_ids=frozenset(params.stop_token_ids or ()),
+            ignore_eos=params.ignore_eos,
+            cache_salt=self.runner.cache_salt(len(token_ids)),
+            read_prefix_cache=params.prompt_logprobs is None,
+            index=index,
+            sampling_params=params,
+        )
+        self.runner.prepare_sequence(seq, params, seed)
+        completion = Completion(seq, logprobs=None if params.logprobs is None else [])
+        if self.tokenizer is not None and (streaming or params.stop_strings):
+            completion.detokenizer = IncrementalDetokenizer(self.tokenizer, skip_special_tokens=params.skip_special_tokens)
+            if params.stop_strings:
+                completion.stop_checker = StopChecker(params.stop_strings, include_stop=params.include_stop_str_in_output)
+        return completion
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes."""
+        with self._lock:
+            self.scheduler.block_manager.reset_prefix_cache()
+
+    def close(self) -> None:
+        """End what runs with "abort" and free the device memory. Safe to call twice."""
+        with self._lock:
+            if self._closed:
+                return
+            for request_id in list(self._requests):
+                self.abort(request_id)
+            self._closed = True
+            self.runner.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this engine is closed: make a new LLM")
+
+
+def _as_token_id(token: Any) -> int:
+    if isinstance(token, bool) or not hasattr(token, "__index__"):
+        raise TypeError(f"{token!r} is not an integer")
+    return int(token.__index__())

@@ -1,0 +1,140 @@
+"""A request on its way through the engine: n sequences, and the text and statistics that grow out of them.
+
+The scheduler knows sequences of tokens; this module knows what the user sees. Text is decoded step by step only when
+somebody watches it (a stream or a stop string); otherwise once, at the end.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from nanovllm.engine.sequence import Sequence
+from nanovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from nanovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.loader.detokenizer import IncrementalDetokenizer, StopChecker
+    from nanovllm.loader.tokenizer import Tokenizer
+
+
+@dataclass(slots=True, eq=False)
+class Completion:
+    """One of a request's n answers: its sequence and the text decoded so far."""
+
+    seq: Sequence
+    detokenizer: IncrementalDetokenizer | None = None  # None: the text is decoded once, at the end
+    stop_checker: StopChecker | None = None
+    text: str = ""
+    logprobs: list[dict[int, Logprob]] | None = None
+    cumulative_logprob: float = 0.0
+
+    def on_token(self, token_id: int) -> str | None:
+        """Take in a new token; returns the stop string that it completed, if it did."""
+        if self.detokenizer is None or self._hides_last():
+            return None
+        new_text = self.detokenizer.add([token_id])
+        if self.stop_checker is None:
+            self.text += new_text
+            return None
+        visible, stop = self.stop_checker.add(new_text)
+        self.text += visible
+        return stop
+
+    def flush(self, tokenizer: Tokenizer | None, params: SamplingParams) -> None:
+        """The sequence has ended: bring the text up to its last token."""
+        if self.detokenizer is None:
+            if tokenizer is not None:
+                ids = self.seq.output_token_ids
+                visible = ids[:-1] if self._hides_last() else ids
+                self.text = tokenizer.decode(visible, skip_special_tokens=params.skip_special_tokens)
+            return
+        if isinstance(self.seq.stop_reason, str):
+            return  # what lies behind a stop string stays hidden
+        tail = self.detokenizer.flush()
+        if self.stop_checker is None:
+            self.text += tail
+            return
+        visible, stop = self.stop_checker.add(tail)
+        self.text += visible
+        if stop is None:
+            self.text += self.stop_checker.flush()
+
+    def _hides_last(self) -> bool:
+        """The EOS or stop token that ended the sequence is not part of its text, unless asked for."""
+        return self.seq.finish_reason == "stop" and not self.seq.sampling_params.include_stop_str_in_output
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What `LLMEngine.make_request` returns. `version` grows whenever `output()` would tell something new."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    completions: list[Completion]
+    tokenizer: Tokenizer | None
+    arrival_time: float = field(default_factory=time.monotonic)
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_unfinished: int = field(init=False)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    error: str | None = None
+    version: int = 0
+
+    def __post_init__(self) -> None:
+        self.num_unfinished = len(self.completions)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all completions have ended."""
+        return self.num_unfinished == 0
+
+    def on_token(self, completion: Completion, token_id: int) -> str | None:
+        """A completion got a token; returns the stop string it completed, if any."""
+        self.version += 1
+        if self.first_token_time is None:
+            self.first_token_time = time.monotonic()
+        return completion.on_token(token_id)
+
+    def on_finished(self, completion: Completion) -> None:
+        """A completion's sequence has ended, for whatever reason."""
+        completion.flush(self.tokenizer, self.params)
+        self.num_unfinished -= 1
+        self.version += 1
+        if self.finished:
+            self.finished_time = time.monotonic()
+
+    def output(self) -> RequestOutput:
+        """A snapshot for the user."""
+        first = self.completions[0].seq
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=[self._completion_output(completion) for completion in self.completions],
+            finished=self.finished,
+            prompt_logprobs=self.prompt_logprobs,
+            error=self.error,
+            metrics=RequestMetrics(
+                arrival_time=self.arrival_time,
+                first_token_time=self.first_token_time,
+                finished_time=self.finished_time,
+                num_cached_tokens=first.num_cached_tokens,
+                num_preemptions=sum(completion.seq.num_preemptions for completion in self.completions),
+            ),
+        )
+
+    def _completion_output(self, completion: Completion) -> CompletionOutput:
+        seq = completion.seq
+        return CompletionOutput(
+            index=seq.index,
+            text=completion.text,
+            token_ids=list(seq.output_token_ids),
+            cumulative_logprob=None if completion.logprobs is None else completion.cumulative_logprob,
+            logprobs=None if completion.logprobs is None else list(completion.logprobs),
+            finish_reason=seq.finish_reason,
+            stop_reason=seq.stop_reason,
+        )

@@ -1,0 +1,94 @@
+"""RMSNorm, alone and after a residual addition.
+
+Formula: y = weight * (x / sqrt(mean(x^2) + eps)).
+Cast order (Hugging Face's `LlamaRMSNorm`): the row is normalised in float32, rounded to x's dtype, then multiplied by
+the weight in that dtype. The residual sum is rounded to x's dtype before its mean square is taken.
+Traffic: one read and one write a tensor; a row lives in registers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from nanovllm.kernels import reference
+from nanovllm.kernels.jit import jit, require_unit_stride, use_triton
+from nanovllm.kernels.launch_config import RowConfig, rms_norm_config
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+
+@jit()
+def _rms_norm_kernel(
+    x,
+    residual,
+    weight,
+    y,
+    new_residual,
+    x_stride,
+    residual_stride,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """One program a row. x: [rows, WIDTH] with row stride; y, new_residual: contiguous."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    gamma = tl.load(weight + column, mask=inside, other=0.0)
+    value = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
+    dtype = value.dtype
+    value = value.to(tl.float32)
+    if ADD:
+        value += tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
+        rounded = value.to(dtype)
+        tl.store(new_residual + row * WIDTH + column, rounded, mask=inside)
+        value = rounded.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(value * value) / WIDTH + eps)
+    normed = (value * rstd).to(dtype)
+    tl.store(y + row * WIDTH + column, (normed * gamma).to(dtype), mask=inside)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, config: RowConfig | None = None) -> torch.Tensor:
+    """RMSNorm over the last dimension.
+
+    x: [..., K], any float dtype, rows may be strided; weight: [K], x's dtype. Returns [..., K], contiguous.
+    """
+    if not use_triton(x):
+        return reference.rms_norm(x, weight, eps)
+    return _launch(x, None, weight, eps, config)[0]
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, config: RowConfig | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(rms_norm(x + residual), x + residual)`; shapes and dtypes as in `rms_norm`, residual like x."""
+    if not use_triton(x):
+        return reference.add_rms_norm(x, residual, weight, eps)
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(f"residual {residual.dtype} {tuple(residual.shape)} must match x {x.dtype} {tuple(x.shape)}")
+    return _launch(x, residual, weight, eps, config)
+
+
+def _launch(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, config: RowConfig | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    width = x.shape[-1]
+    if weight.shape != (width,):
+        raise ValueError(f"weight must have shape ({width},) to match x, got {tuple(weight.shape)}")
+    rows = x.reshape(-1, width)
+    sums = residual.reshape(-1, width) if residual is not None else rows
+    require_unit_stride(x=rows, residual=sums, weight=weight)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    new_residual = torch.empty_like(y) if residual is not None else y
+    count = rows.shape[0]
+    if count:
+        config = config or rms_norm_config(count, width)
+        _rms_norm_kernel[(count,)](
+            rows, sums, weight, y, new_residual, rows.stride(0), sums.stride(0), eps,
+            WIDTH=width, BLOCK=config.block, ADD=residual is not None, num_warps=config.num_warps,
+        )  # fmt: skip
+    return y, new_residual

@@ -1,0 +1,141 @@
+"""The PyTorch body of every kernel: specification, CPU path, fallback, test reference and bench baseline. Written once.
+
+Each function has the signature and the cast order of its Triton twin; read these first. They favour clarity, except
+that those on the CPU engine's path (everything but the two attentions) avoid needless operators.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """weight * (x / rms(x)): normalised in float32, rounded to x's dtype, then scaled. x: [..., K], weight: [K]."""
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    return F.rms_norm(x.float(), (x.shape[-1],), eps=eps).to(x.dtype) * weight
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rms_norm(x + residual), x + residual). x, residual: [..., K]."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def silu_mul(x: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up for x = [gate | up]: [..., 2I] -> [..., I]."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Half-split rotation in float32, rounded once. x: [T, H, D]; cos, sin: [T, 1, D / 2] float32."""
+    low, high = x.float().chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
+
+
+def store_kv(
+    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """k_cache[slot // page, :, slot % page] = k for every slot >= 0. k, v: [T, Hkv, D]."""
+    keep = slot_mapping >= 0
+    if not bool(keep.all()):
+        k, v, slot_mapping = k[keep], v[keep], slot_mapping[keep]
+    page = k_cache.shape[2]
+    block, offset = slot_mapping // page, slot_mapping % page
+    k_cache[block, :, offset] = k
+    v_cache[block, :, offset] = v
+
+
+def qk_norm_rope_store(
+    qkv: torch.Tensor,
+    q_norm_weight: torch.Tensor | None,
+    k_norm_weight: torch.Tensor | None,
+    eps: float,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> torch.Tensor:
+    """Normalise and rotate queries and keys, store keys and values. qkv: [T, (Hq + 2 Hkv) * D]; returns [T, Hq, D]."""
+    kv_heads, dim = k_cache.shape[1], k_cache.shape[3]
+    heads = qkv.view(qkv.shape[0], -1, dim)
+    q_heads = heads.shape[1] - 2 * kv_heads
+    queries_and_keys, v = heads[:, : q_heads + kv_heads], heads[:, q_heads + kv_heads :]
+    if q_norm_weight is not None and k_norm_weight is not None:
+        q = rms_norm(queries_and_keys[:, :q_heads], q_norm_weight, eps)
+        k = rms_norm(queries_and_keys[:, q_heads:], k_norm_weight, eps)
+        queries_and_keys = torch.cat((q, k), dim=1)
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+    rotated = rotate(queries_and_keys, cos, sin)
+    store_kv(rotated[:, q_heads:], v, k_cache, v_cache, slot_mapping)
+    return rotated[:, :q_heads].contiguous()
+
+
+def gather_pages(cache: torch.Tensor, block_ids: torch.Tensor, length: int) -> torch.Tensor:
+    """The first `length` tokens of a sequence: [Hkv, length, D] from cache [num_blocks, Hkv, page, D]."""
+    pages = cache[block_ids.long()]  # [n, Hkv, page, D]
+    return pages.transpose(0, 1).reshape(cache.shape[1], -1, cache.shape[3])[:, :length]
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
+    """Causal attention of the last tokens of one sequence, in float32.
+
+    q: [n, Hq, D], the last n of the m tokens in k, v: [Hkv, m, D]. Returns [n, Hq, D] in q's dtype.
+    """
+    n, q_heads, _ = q.shape
+    kv_heads, m, _ = k.shape
+    k, v = (t.float().repeat_interleave(q_heads // kv_heads, dim=0) for t in (k, v))
+    position = torch.arange(m - n, m, device=q.device)[:, None]
+    key = torch.arange(m, device=q.device)[None, :]
+    visible = key <= position
+    if window is not None:
+        visible &= key > position - window
+        v = v.masked_fill(~visible.any(0)[None, :, None], 0.0)  # pages behind the window may be recycled
+    scores = torch.einsum("nhd,hmd->hnm", q.float(), k) * scale
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+    return torch.einsum("hnm,hmd->nhd", weights, v).to(q.dtype)
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """One query token a sequence against its pages. q: [B, Hq, D]; rows of context 0 give zeros."""
+    out = torch.zeros_like(q)
+    for i, length in enumerate(context_lens.tolist()):
+        if length:
+            k = gather_pages(k_cache, block_table[i, : -(-length // k_cache.shape[2])], length)
+            v = gather_pages(v_cache, block_table[i, : -(-length // k_cache.shape[2])], length)
+            out[i] = attend(q[i : i + 1], k, v, scale, window)[0]
+    return out
+
+
+def prefill_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Chunks of queries against their sequences' pages. q: [T, Hq, D]; query_start: [B + 1] rows of q."""
+    out = torch.zeros_like(q)
+    starts = query_start.tolist()
+    for i, length in enumerate(context_lens.tolist()):
+        rows = slice(starts[i], starts[i + 1])
+        blocks = block_table[i, : -(-length // k_cache.shape[2])]
+        k, v = (gather_pages(cache, blocks, length) for cache in (k_cache, v_cache))
+        out[rows] = attend(q[rows], k, v, scale, window)
+    return out

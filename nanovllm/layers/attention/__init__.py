@@ -1,0 +1,1 @@
+"""Attention over the paged KV cache: one interface (`backend`), several bodies, one of which (`sdpa`) runs anywhere."""

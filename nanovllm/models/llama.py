@@ -1,0 +1,150 @@
+"""Llama (arXiv 2302.13971, 2407.21783): the decoder that the other families vary.
+
+Pre-norm residual blocks, grouped-query attention with rotary positions, SwiGLU. One forward serves prefill and
+decode: T tokens of any number of sequences come flattened, and only the attention backend knows who is who.
+Projections that share an input are one matmul: every RMSNorm is followed by exactly one linear.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from nanovllm.config import ModelConfig
+from nanovllm.kernels.rope import qk_norm_rope_store
+from nanovllm.layers.activation import SiluAndMul
+from nanovllm.layers.attention.backend import AttentionBackend
+from nanovllm.layers.embedding import LMHead, VocabParallelEmbedding
+from nanovllm.layers.forward_batch import ForwardBatch, KVCaches
+from nanovllm.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.norm import RMSNorm
+from nanovllm.layers.parallel import Build
+from nanovllm.layers.rotary import RopeRows, RotaryEmbedding
+
+
+class LlamaAttention(nn.Module):
+    """softmax(q kᵀ / √d) v over the paged cache, with q and k rotated by their positions."""
+
+    def __init__(self, config: ModelConfig, layer: int, backend: AttentionBackend, build: Build) -> None:
+        super().__init__()
+        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.backend, self.scale, self.window = backend, dim**-0.5, config.window(layer)
+        self.eps = config.rms_norm_eps
+        self.qkv_proj = QKVParallelLinear(config.hidden_size, heads, kv_heads, dim, config.qkv_bias, build)
+        self.o_proj = RowParallelLinear(heads * dim, config.hidden_size, config.o_bias, build)
+        self.q_norm: RMSNorm | None = None  # Qwen3 has them
+        self.k_norm: RMSNorm | None = None
+
+    def forward(
+        self, x: torch.Tensor, rope: RopeRows, cache: tuple[torch.Tensor, torch.Tensor], batch: ForwardBatch
+    ) -> torch.Tensor:
+        """x [T, hidden] -> [T, hidden]; stores this step's K and V in `cache` before attending to it."""
+        q = qk_norm_rope_store(
+            self.qkv_proj(x),
+            self.q_norm.weight if self.q_norm is not None else None,
+            self.k_norm.weight if self.k_norm is not None else None,
+            self.eps,
+            rope.table,
+            rope.index,
+            *cache,
+            batch.attention.slot_mapping,
+        )
+        out = self.backend.forward(q, *cache, batch.attention, self.scale, self.window)
+        return self.o_proj(out.flatten(1))
+
+
+class LlamaMLP(nn.Module):
+    """down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: ModelConfig, build: Build) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = ColumnParallelLinear(hidden, [inner, inner], config.mlp_bias, build)
+        self.act = SiluAndMul()
+        self.down_proj = RowParallelLinear(inner, hidden, config.mlp_bias, build)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, hidden] -> [T, hidden]."""
+        return self.down_proj(self.act(self.gate_up_proj(x)))
+
+
+class LlamaDecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); the sums are carried as `residual` into the next norm."""
+
+    attention_class: type[LlamaAttention] = LlamaAttention
+
+    def __init__(self, config: ModelConfig, layer: int, backend: AttentionBackend, build: Build) -> None:
+        super().__init__()
+        self.self_attn = self.attention_class(config, layer, backend, build)
+        self.mlp = LlamaMLP(config, build)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        rope: RopeRows,
+        cache: tuple[torch.Tensor, torch.Tensor],
+        batch: ForwardBatch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(branch output, residual) of the layer before, each [T, hidden] -> the same of this layer."""
+        if residual is None:
+            x, residual = self.input_layernorm(x), x
+        else:
+            x, residual = self.input_layernorm.add(x, residual)
+        x = self.self_attn(x, rope, cache, batch)
+        x, residual = self.post_attention_layernorm.add(x, residual)
+        return self.mlp(x), residual
+
+
+class LlamaModel(nn.Module):
+    """Embedding, layers, final norm."""
+
+    layer_class: type[LlamaDecoderLayer] = LlamaDecoderLayer
+
+    def __init__(self, config: ModelConfig, max_len: int, backend: AttentionBackend, build: Build) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, build)
+        self.layers = nn.ModuleList(self.layer_class(config, i, backend, build) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
+        self.rotary = RotaryEmbedding(config, max_len, build.device)
+
+    def forward(self, batch: ForwardBatch, caches: KVCaches) -> torch.Tensor:
+        """Hidden states [R, hidden] of `batch.logits_rows` (or of all T tokens), after the final norm."""
+        rope = self.rotary.rows(batch.positions, batch.prompt_lens)
+        x, residual = self.embed_tokens(batch.input_ids), None
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, residual = layer(x, residual, rope, cache, batch)
+        rows = batch.logits_rows
+        if rows is not None:
+            x, residual = x[rows], residual[rows]
+        return self.norm.add(x, residual)[0]
+
+
+class LlamaForCausalLM(nn.Module):
+    """Llama 2, 3, 3.x, SmolLM2, TinyLlama: the model with its LM head."""
+
+    model_class: type[LlamaModel] = LlamaModel
+    # Checkpoint names that are one part of a packed weight: name -> (our module, part).
+    packed_modules: dict[str, tuple[str, int]] = {
+        "q_proj": ("qkv_proj", 0),
+        "k_proj": ("qkv_proj", 1),
+        "v_proj": ("qkv_proj", 2),
+        "gate_proj": ("gate_up_proj", 0),
+        "up_proj": ("gate_up_proj", 1),
+    }
+
+    def __init__(self, config: ModelConfig, max_len: int, backend: AttentionBackend, build: Build) -> None:
+        super().__init__()
+        self.config = config
+        self.model = self.model_class(config, max_len, backend, build)
+        self.lm_head = LMHead(self.model.embed_tokens, config.tie_word_embeddings, build)
+
+    def forward(self, batch: ForwardBatch, caches: KVCaches) -> torch.Tensor:
+        """Hidden states [R, hidden] of the tokens whose logits are wanted."""
+        return self.model(batch, caches)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [R, hidden] -> logits [R, vocab] in the model's dtype."""
+        return self.lm_head(hidden)
