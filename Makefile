@@ -22,7 +22,7 @@ help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 demo: venv ## a small real model answers QUESTION, streamed, with tokens per second and time to first token
-	@$(BIN)/nanovllm generate smollm2 --chat "$$QUESTION" --temperature 0 --stats
+	@$(BIN)/nanovllm generate smollm2 --chat="$$QUESTION" --temperature 0 --stats
 
 test: lint test-cpu test-interpret ## everything that needs no GPU; CI runs this
 
@@ -41,7 +41,7 @@ test-interpret: venv-dev ## Triton's interpreter runs the kernels on the CPU
 
 gpu-test: ## the gpu tier, in the environment of GPU_PYTHON
 	@$(GPU_PYTHON) -c 'import torch; raise SystemExit(0 if torch.cuda.is_available() else "error: $(GPU_PYTHON) sees no CUDA GPU; run this where there is one, with GPU_PYTHON=python of an environment that has a CUDA build of torch")'
-	$(GPU_PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+	$(GPU_PYTHON) -m pytest -m gpu --require-gpu $(PYTEST_ARGS)
 
 format: venv-dev ## rewrite the code the way `make lint` wants it
 	@$(BIN)/ruff check --fix .

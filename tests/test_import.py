@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from arch_rules import PURE
 
+ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "triton", "transformers", "numpy", "tokenizers", "safetensors", "gguf", "huggingface_hub", "jinja2")
 PUBLIC = ["LLM", "AsyncLLM", "SamplingParams", "RequestOutput", "CompletionOutput"]
 
 
 def run(code: str) -> str:
     """Standard output of `code` in a new Python."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

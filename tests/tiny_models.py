@@ -73,7 +73,7 @@ def make_model(case: str, seed: int = 0) -> PreTrainedModel:
             if parameter.dim() == 1 and bool((parameter == 1).all()):  # a norm: near one, never all ones
                 parameter.copy_(1 + 0.3 * noise)
             else:
-                parameter.copy_(noise * (0.15 if parameter.dim() == 2 else 0.3))
+                parameter.copy_(noise * (0.1 if parameter.dim() == 2 else 0.3))
     return model.eval()
 
 

@@ -18,7 +18,7 @@ import torch
 
 from nanovllm.kernels import reference
 from nanovllm.kernels.jit import jit, num_sms, require_unit_stride, use_triton
-from nanovllm.kernels.kv_cache import check_cache
+from nanovllm.kernels.kv_cache import check_cache, page_ids
 from nanovllm.kernels.launch_config import DecodeConfig, decode_config, next_power_of_2
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 
 @jit()
-def _split_length(span, max_splits, MIN_SPLIT: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keys per split: at least MIN_SPLIT, a multiple of BLOCK_N, few enough splits."""
-    return tl.cdiv(tl.maximum(tl.cdiv(span, max_splits), MIN_SPLIT), BLOCK_N) * BLOCK_N
+def _split_length(span, max_splits, min_split, BLOCK_N: tl.constexpr):
+    """Keys per split: at least min_split, a multiple of BLOCK_N, few enough splits."""
+    return tl.cdiv(tl.maximum(tl.cdiv(span, max_splits), min_split), BLOCK_N) * BLOCK_N
 
 
 @jit()
@@ -39,12 +39,15 @@ def _first_key(context, window, HAS_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr)
     return 0
 
 
-@jit(do_not_specialize=("table_stride", "window", "max_splits"), unaligned=("block_table", "context_lens"))
+@jit(
+    do_not_specialize=("table_stride", "window", "max_splits", "min_split"),
+    unaligned=("block_table", "context_lens"),
+)
 def _decode_kernel(
     q, k_cache, v_cache, block_table, context_lens, out, partial, partial_lse,
-    scale, q_stride, out_stride, table_stride, k_block_stride, v_block_stride, window, max_splits,
+    scale, q_stride, out_stride, table_stride, k_block_stride, v_block_stride, window, max_splits, min_split,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MIN_SPLIT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_WINDOW: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """q, out: [B, KV_HEADS * GROUP, HEAD_DIM]; partial: [B, Hq, max_splits, HEAD_DIM]; partial_lse without the last."""
@@ -53,7 +56,7 @@ def _decode_kernel(
     split = tl.program_id(1)
     context = tl.load(context_lens + sequence)
     first = _first_key(context, window, HAS_WINDOW, BLOCK_N)
-    length = _split_length(context - first, max_splits, MIN_SPLIT, BLOCK_N)
+    length = _split_length(context - first, max_splits, min_split, BLOCK_N)
     begin = first + split * length
     if (begin >= context) & (split > 0):
         return
@@ -71,16 +74,17 @@ def _decode_kernel(
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
     top = tl.full((ROWS,), -1.0e38, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
+    page = page_ids(table, begin, end, PAGE, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         visible = key < end
         if HAS_WINDOW:
             visible = visible & (key >= context - window)
-        page = tl.load(table + key // PAGE, mask=visible, other=0).to(tl.int64)
         inner = page_base + (key % PAGE) * HEAD_DIM
         load = visible[:, None] & (dim < HEAD_DIM)[None, :]
         k = tl.load(k_cache + (page * k_block_stride + inner)[:, None] + dim[None, :], mask=load, other=0.0)
         v = tl.load(v_cache + (page * v_block_stride + inner)[:, None] + dim[None, :], mask=load, other=0.0)
+        page = page_ids(table, start + BLOCK_N, end, PAGE, BLOCK_N)
         scores = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(visible[None, :], scores, -1.0e38)
         new_top = tl.maximum(top, tl.max(scores, axis=1))
@@ -99,29 +103,34 @@ def _decode_kernel(
         tl.store(partial_lse + slot, top + tl.log2(total), mask=row < GROUP)
 
 
-@jit(do_not_specialize=("window", "max_splits"), unaligned=("context_lens",))
+@jit()
+def _merge(partial, partial_lse, first, count, dim, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Weigh `count` splits' outputs, rows `first`.. of the workspace, by their share of the softmax's denominator."""
+    split = tl.arange(0, BLOCK_S)
+    lse = tl.load(partial_lse + first + split, mask=split < count, other=float("-inf"))
+    inside = (split < count)[:, None] & (dim < HEAD_DIM)[None, :]
+    value = tl.load(partial + (first + split)[:, None] * HEAD_DIM + dim[None, :], mask=inside, other=0.0)
+    share = tl.exp2(lse - tl.max(lse, axis=0))
+    return tl.sum(value * share[:, None], axis=0) / tl.sum(share, axis=0)
+
+
+@jit(do_not_specialize=("window", "max_splits", "min_split"), unaligned=("context_lens",))
 def _merge_kernel(
-    partial, partial_lse, context_lens, out, out_stride, window, max_splits,
+    partial, partial_lse, context_lens, out, out_stride, window, max_splits, min_split,
     Q_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_N: tl.constexpr, MIN_SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, query head): weigh the splits' outputs by their share of the softmax's denominator."""
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     context = tl.load(context_lens + sequence)
     span = context - _first_key(context, window, HAS_WINDOW, BLOCK_N)
-    length = _split_length(span, max_splits, MIN_SPLIT, BLOCK_N)
+    length = _split_length(span, max_splits, min_split, BLOCK_N)
     if span <= length:
         return
-    split = tl.arange(0, BLOCK_S)
     dim = tl.arange(0, BLOCK_D)
-    active = split * length < span
-    slot = (sequence.to(tl.int64) * Q_HEADS + head) * max_splits + split
-    lse = tl.load(partial_lse + slot, mask=active, other=float("-inf"))
-    inside = active[:, None] & (dim < HEAD_DIM)[None, :]
-    value = tl.load(partial + slot[:, None] * HEAD_DIM + dim[None, :], mask=inside, other=0.0)
-    share = tl.exp2(lse - tl.max(lse, axis=0))
-    merged = tl.sum(value * share[:, None], axis=0) / tl.sum(share, axis=0)
+    first = (sequence.to(tl.int64) * Q_HEADS + head) * max_splits
+    merged = _merge(partial, partial_lse, first, tl.cdiv(span, length), dim, HEAD_DIM, BLOCK_S)
     target = out + sequence.to(tl.int64) * out_stride + head * HEAD_DIM + dim
     tl.store(target, merged, mask=dim < HEAD_DIM)
 
@@ -167,18 +176,18 @@ def decode_attention(
     lse = torch.empty(workspace, dtype=torch.float32, device=q.device)
     partial = torch.empty((*workspace, dim), dtype=torch.float32, device=q.device)
     shared = {
-        "HEAD_DIM": dim, "BLOCK_D": next_power_of_2(dim), "BLOCK_N": config.block_n, "MIN_SPLIT": config.min_split,
+        "HEAD_DIM": dim, "BLOCK_D": next_power_of_2(dim), "BLOCK_N": config.block_n,
         "HAS_WINDOW": window is not None,
     }  # fmt: skip
     _decode_kernel[(num_seqs * kv_heads, splits)](
         q, k_cache, v_cache, block_table, context_lens, out, partial, lse, scale * math.log2(math.e),
-        q.stride(0), out.stride(0), block_table.stride(0), k_cache.stride(0), v_cache.stride(0), window or 0, splits,
+        q.stride(0), out.stride(0), block_table.stride(0), k_cache.stride(0), v_cache.stride(0), window or 0, splits, config.min_split,
         KV_HEADS=kv_heads, GROUP=q_heads // kv_heads, PAGE=page, ROWS=max(16, next_power_of_2(q_heads // kv_heads)),
         SPLIT=splits > 1, num_warps=config.num_warps, num_stages=config.num_stages, **shared,
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[(num_seqs, q_heads)](
-            partial, lse, context_lens, out, out.stride(0), window or 0, splits,
+            partial, lse, context_lens, out, out.stride(0), window or 0, splits, config.min_split,
             Q_HEADS=q_heads, BLOCK_S=next_power_of_2(splits), num_warps=4, **shared,
         )  # fmt: skip
     return out

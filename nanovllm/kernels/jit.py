@@ -53,6 +53,7 @@ def _materialise(module: dict[str, Any]) -> None:
     for name, kernel in list(module.items()):
         if isinstance(kernel, LazyKernel):
             function = kernel.function
+            function.__globals__["tl"] = tl  # a helper from another module
             # Annotations are strings (PEP 563); the interpreter compares them with the type's own name.
             function.__annotations__ = {
                 argument: tl.constexpr if "constexpr" in str(annotation) else annotation

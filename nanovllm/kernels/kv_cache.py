@@ -41,6 +41,20 @@ def _store_kv_kernel(
     )
 
 
+@jit()
+def page_ids(table, start, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Blocks of the keys start .. start + BLOCK_N: a scalar when one page holds them all, else one a key. int64.
+
+    Attention loops carry the ids of their *next* tile: with the lookup inside the tile's own iteration, Triton's
+    pipeliner sees K and V behind an indirect load and keeps half as many of their tiles in flight.
+    """
+    if BLOCK_N <= PAGE:
+        return tl.load(table + start // PAGE, mask=start < end, other=0).to(tl.int64)
+    else:
+        key = start + tl.arange(0, BLOCK_N)
+        return tl.load(table + key // PAGE, mask=key < end, other=0).to(tl.int64)
+
+
 def check_cache(k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor | None = None) -> None:
     """Raise `ValueError` unless both caches have the layout above and pages are contiguous within a block."""
     if k_cache.dim() != 4 or k_cache.shape != v_cache.shape:

@@ -18,7 +18,7 @@ import torch
 
 from nanovllm.kernels import reference
 from nanovllm.kernels.jit import jit, require_unit_stride, use_triton
-from nanovllm.kernels.kv_cache import check_cache
+from nanovllm.kernels.kv_cache import check_cache, page_ids
 from nanovllm.kernels.launch_config import PrefillConfig, next_power_of_2, prefill_config
 
 if TYPE_CHECKING:
@@ -34,17 +34,14 @@ def _attend_tiles(
 ):  # fmt: skip
     """Online softmax over the key tiles in [begin, end). Keys outside [oldest, context) are not read if MASKED."""
     dim = tl.arange(0, BLOCK_D)
+    page = page_ids(table, begin, end, PAGE, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        if MASKED:
-            exists = (key < context) & (key >= oldest)
-            page = tl.load(table + key // PAGE, mask=exists, other=0).to(tl.int64)
-        else:
-            page = tl.load(table + key // PAGE).to(tl.int64)
         inner = page_base + (key % PAGE) * HEAD_DIM
         k_pointer = k_cache + (page * k_block_stride + inner)[:, None] + dim[None, :]
         v_pointer = v_cache + (page * v_block_stride + inner)[:, None] + dim[None, :]
         if MASKED:
+            exists = (key < context) & (key >= oldest)
             load = exists[:, None] & (dim < HEAD_DIM)[None, :]
             k = tl.load(k_pointer, mask=load, other=0.0)
             v = tl.load(v_pointer, mask=load, other=0.0)
@@ -54,6 +51,7 @@ def _attend_tiles(
         else:
             k = tl.load(k_pointer, mask=(dim < HEAD_DIM)[None, :], other=0.0)
             v = tl.load(v_pointer, mask=(dim < HEAD_DIM)[None, :], other=0.0)
+        page = page_ids(table, start + BLOCK_N, end, PAGE, BLOCK_N)
         scores = tl.dot(query, tl.trans(k), input_precision="ieee")
         if MASKED:
             visible = key[None, :] <= position[:, None]

@@ -17,10 +17,10 @@ from nanovllm.config import ModelConfig, RopeConfig
 
 
 class RopeRows(NamedTuple):
-    """Where the tokens of a step find their angles: token t uses `table[index[t]]`."""
+    """Where the tokens of a step find their angles: token t uses `table[rows[t]]`."""
 
     table: torch.Tensor  # [rows, head_dim] fp32, cos | sin
-    index: torch.Tensor  # [T] int64
+    rows: torch.Tensor  # [T] int64
 
 
 def context_limit(config: ModelConfig) -> int:

@@ -45,7 +45,7 @@ class LlamaAttention(nn.Module):
             self.k_norm.weight if self.k_norm is not None else None,
             self.eps,
             rope.table,
-            rope.index,
+            rope.rows,
             *cache,
             batch.attention.slot_mapping,
         )
@@ -113,12 +113,12 @@ class LlamaModel(nn.Module):
     def forward(self, batch: ForwardBatch, caches: KVCaches) -> torch.Tensor:
         """Hidden states [R, hidden] of `batch.logits_rows` (or of all T tokens), after the final norm."""
         rope = self.rotary.rows(batch.positions, batch.prompt_lens)
-        x, residual = self.embed_tokens(batch.input_ids), None
-        for layer, cache in zip(self.layers, caches, strict=True):
+        x = self.embed_tokens(batch.input_ids)
+        x, residual = self.layers[0](x, None, rope, caches[0], batch)
+        for layer, cache in zip(self.layers[1:], caches[1:], strict=True):
             x, residual = layer(x, residual, rope, cache, batch)
-        rows = batch.logits_rows
-        if rows is not None:
-            x, residual = x[rows], residual[rows]
+        if batch.logits_rows is not None:
+            x, residual = x[batch.logits_rows], residual[batch.logits_rows]
         return self.norm.add(x, residual)[0]
 
 

@@ -1,0 +1,1 @@
+"""What all benchmarks share: rows with provenance, written to one tidy CSV."""

@@ -1,0 +1,1 @@
+"""Leaves: small helpers that import nothing else of the package."""
