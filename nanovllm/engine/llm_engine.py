@@ -13,7 +13,7 @@ import logging
 import random
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nanovllm.config import EngineConfig
@@ -25,6 +25,7 @@ from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence as EngineSequence
 from nanovllm.loader.detokenizer import IncrementalDetokenizer, StopChecker
 from nanovllm.loader.tokenizer import Tokenizer
+from nanovllm.outputs import Logprob
 from nanovllm.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -125,6 +126,9 @@ class LLMEngine:
             except Exception as error:  # whatever went wrong on the device belongs to this batch, not to the engine
                 logger.exception("a step failed; its %d sequences end with an error", len(batch.scheduled))
                 self._fail(batch, f"the step failed: {error}")
+            except BaseException:  # an interrupt: the step did not happen
+                self.scheduler.rollback(batch)
+                raise
             else:
                 self._process(batch, output)
             decodes = batch.num_decodes
@@ -139,9 +143,11 @@ class LLMEngine:
 
     def _process(self, batch: ScheduledBatch, output: StepOutput) -> None:
         """Give every sequence its token, then end those that their text or an error ends."""
-        for seq, logprobs in output.prompt_logprobs:
+        for seq, start, entries in output.prompt_logprobs:
             request, _ = self._owner[seq.seq_id]
-            request.prompt_logprobs = (request.prompt_logprobs or []) + self._with_text(logprobs)
+            known = request.prompt_logprobs or [None]  # nothing predicts the first token
+            # A preempted prompt is scored again: take only what is new.
+            request.prompt_logprobs = known + self._with_text(entries[len(known) - start :])
         for seq, error in output.errors:
             self._owner[seq.seq_id][0].error = error
             self._end(seq, "error")
@@ -222,7 +228,7 @@ class LLMEngine:
             stop_token_ids=frozenset(params.stop_token_ids or ()),
             ignore_eos=params.ignore_eos,
             cache_salt=self.runner.cache_salt(len(token_ids)),
-            read_prefix_cache=params.prompt_logprobs is None,
+            read_prefix_cache=params.prompt_logprobs is None or index > 0,
             index=index,
             sampling_params=params,
         )
@@ -233,6 +239,16 @@ class LLMEngine:
             if params.stop_strings:
                 completion.stop_checker = StopChecker(params.stop_strings, include_stop=params.include_stop_str_in_output)
         return completion
+
+    def _with_text(self, entries: list[dict[int, Logprob]]) -> list[dict[int, Logprob]]:
+        """The same entries with each token's text filled in."""
+        if self.tokenizer is None:
+            return entries
+        decode = self.tokenizer.decode
+        return [
+            {token: replace(logprob, decoded_token=decode([token], skip_special_tokens=False)) for token, logprob in entry.items()}
+            for entry in entries
+        ]
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""

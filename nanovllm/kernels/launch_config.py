@@ -61,44 +61,58 @@ class PrefillConfig:
     num_stages: int
 
 
+# Constants below: H100 80GB HBM3, Triton 3.6.0, CUDA graphs, 2026-11-23, unless a comment says otherwise.
+
+
 def rms_norm_config(num_rows: int, width: int) -> RowConfig:
-    """One row a program, 16 bytes a thread and load where the width allows. To tune."""
+    """One row a program.
+
+    Few rows wait for latency: up to 4 warps (width 1024 and 4096, one row: 1.43 and 1.68 us). Many rows wait for
+    memory: 16 elements a thread (8192 rows of 4096, with residual: 2.87 TB/s).
+    """
     block = next_power_of_2(width)
-    return RowConfig(rows=1, block=block, num_warps=min(max(block // 512, 1), 16))
+    num_warps = min(block // 256, 4) if num_rows <= 16 else min(block // 512, 16)
+    return RowConfig(rows=1, block=block, num_warps=max(num_warps, 1))
 
 
 def silu_mul_config(num_rows: int, width: int) -> RowConfig:
-    """`width` is I, the output's. To tune."""
-    block = min(next_power_of_2(width), 1024)
-    return RowConfig(rows=1, block=block, num_warps=4)
+    """`width` is I, the output's. Best or within 1 % at 1, 16, 256 and 8192 rows of 3072 (1.35 us; 2.72 TB/s)."""
+    return RowConfig(rows=1, block=min(next_power_of_2(width), 1024), num_warps=4)
 
 
 def rope_config(num_tokens: int, num_heads: int, num_kv_heads: int) -> HeadConfig:
-    """One head a program while the GPU is not full, then up to eight. To tune."""
-    heads = min(next_power_of_2(num_heads), 8) if num_tokens * num_heads >= 2048 else 1
-    return HeadConfig(heads=heads, num_warps=4 if heads >= 4 else 1)
+    """One head and one warp a program for few tokens (1.72 us for one), eight heads for many (8192: 2.6 TB/s)."""
+    if num_tokens < 64:
+        return HeadConfig(heads=1, num_warps=1)
+    return HeadConfig(heads=min(next_power_of_2(num_heads), 8), num_warps=2)
 
 
 def decode_config(
     num_seqs: int, num_kv_heads: int, head_dim: int, element_size: int, max_context_len: int, num_sms: int
 ) -> DecodeConfig:
-    """Splits so that the grid fills the GPU about four times over, none shorter than `min_split` keys. To tune."""
-    block_n = 32 if element_size == 4 else 64
-    if head_dim > 128:
-        block_n //= 2
+    """Small tiles and many programs an SM: 6 fit at head_dim 128 in half precision, which keeps 190 KB in flight.
+
+    A lone sequence needs short splits to reach every SM; a full batch needs none, except that one long sequence among
+    short ones must not finish last: hence long splits, but up to 16 of them.
+    """
+    block_n = 16 if element_size == 4 or head_dim > 128 else 32
     programs = max(num_seqs * num_kv_heads, 1)
-    wanted = cdiv(4 * num_sms, programs)
-    min_split = max(64, block_n)
-    max_splits = max(1, min(wanted, cdiv(max_context_len, min_split), 64))
-    return DecodeConfig(block_n, max_splits, min_split, num_warps=4, num_stages=3)
+    if programs <= 2 * num_sms:
+        min_split, most = 64, 32
+    else:
+        min_split, most = 512, 16
+    max_splits = max(1, min(most, cdiv(max_context_len, min_split)))
+    return DecodeConfig(block_n, max_splits, min_split, num_warps=2, num_stages=3)
 
 
-def prefill_config(group: int, head_dim: int, element_size: int, max_query_len: int) -> PrefillConfig:
-    """`group` = query heads per KV head. To tune."""
+def prefill_config(
+    num_tokens: int, num_heads: int, group: int, head_dim: int, element_size: int, num_sms: int
+) -> PrefillConfig:
+    """The largest tile of rows that still gives every SM a program. `group` = query heads per KV head."""
     pack = group if group & (group - 1) == 0 and group <= 16 else 1
     if element_size == 4:
         return PrefillConfig(block_m=32, block_n=32, pack=pack, num_warps=4, num_stages=1)
-    rows = max_query_len * pack
-    if rows <= 64 or head_dim > 128:
-        return PrefillConfig(block_m=64, block_n=64, pack=pack, num_warps=4, num_stages=2)
-    return PrefillConfig(block_m=128, block_n=64, pack=pack, num_warps=8, num_stages=3)
+    rows = num_tokens * num_heads
+    if rows >= 128 * num_sms and head_dim <= 128:
+        return PrefillConfig(block_m=128, block_n=64, pack=pack, num_warps=8, num_stages=3)
+    return PrefillConfig(block_m=64, block_n=64, pack=pack, num_warps=4, num_stages=3 if head_dim <= 128 else 2)

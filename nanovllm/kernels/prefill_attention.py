@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nanovllm.kernels import reference
-from nanovllm.kernels.jit import jit, require_unit_stride, use_triton
+from nanovllm.kernels.jit import jit, num_sms, require_unit_stride, use_triton
 from nanovllm.kernels.kv_cache import check_cache, page_ids
 from nanovllm.kernels.launch_config import PrefillConfig, next_power_of_2, prefill_config
 
@@ -57,9 +57,13 @@ def _attend_tiles(
             visible = key[None, :] <= position[:, None]
             if HAS_WINDOW:
                 visible = visible & (key[None, :] > position[:, None] - window)
-            scores = tl.where(visible, scores, -1.0e38)
-        new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
-        weights = tl.exp2(scores * scale - new_top[:, None])
+            # Scaled before masking: contracted to a fused multiply-add, -1e38 * scale - top is not 0 where it should be.
+            scores = tl.where(visible, scores * scale, -1.0e38)
+            new_top = tl.maximum(top, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_top[:, None])
+        else:
+            new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
+            weights = tl.exp2(scores * scale - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, axis=1)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
@@ -180,7 +184,7 @@ def prefill_attention(
     if not num_seqs:
         return out
     group = q_heads // kv_heads
-    config = config or prefill_config(group, dim, q.element_size(), max_query_len)
+    config = config or prefill_config(tokens, q_heads, group, dim, q.element_size(), num_sms(q.device))
     tiles = tokens // (config.block_m // config.pack) + num_seqs
     _prefill_kernel[(q_heads // config.pack, tiles)](
         q, k_cache, v_cache, block_table, query_start, context_lens, out,

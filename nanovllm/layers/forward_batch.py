@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,3 +21,7 @@ class ForwardBatch:
     attention: AttentionMetadata
     logits_rows: torch.Tensor | None  # [R] int64: tokens whose logits are wanted; None = all T of them
     prompt_lens: torch.Tensor | None = None  # [T] int64, only for dynamic NTK beyond the trained context
+
+    def with_all_rows(self) -> ForwardBatch:
+        """The same step, asking for the logits of every token."""
+        return replace(self, logits_rows=None)
