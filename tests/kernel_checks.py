@@ -1,8 +1,8 @@
 """What the kernel tests share: tiers, inputs that can fail, and the rule by which an error is judged.
 
-The truth is computed in float64 by code written here. A result may be off from it by at most twice what PyTorch
-itself itself is off when it computes the same thing in the same dtype, in the maximum and in the mean square. The only slack
-is eight float32 units in the last place of the largest value, about 1e-6 of it: the GPU's exp2 alone may be off by two,
+The truth is computed in float64 by code written here. A result may be off from it by at most twice what PyTorch is
+itself off when it computes the same thing in the same dtype, in the maximum and in the mean square. The only slack is
+eight float32 units in the last place of the largest value, about 1e-6 of it: the GPU's exp2 alone may be off by two,
 and the order of a sum moves the rest. In half precision that is nothing.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 
 import pytest
@@ -94,16 +95,28 @@ def test_triton_backend_in_the_interpreter(case: tuple) -> None:
     check(select_backend("triton", spec()), "cpu", torch.float32, case)
 
 
+LARGE_STEP = ([700, 64, 1000], [(300, 900), (64, 64)], 16, 8, 128, 32, None)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["triton", "flash_attn", "flashinfer"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("case", [*STEPS, ([700, 64, 1000], [(300, 900), (64, 64)], 16, 8, 128, 32, None)])
-def test_gpu_backends(name: str, dtype: torch.dtype, case: tuple) -> None:
-    facts = dict(num_heads=case[2], num_kv_heads=case[3], head_dim=case[4], block_size=case[5])
-    cls, here = backend_class(name), spec(device=torch.device("cuda"), dtype=dtype, **facts)
-    if name != "triton" and cls.why_not(here):
-        return  # an optional library that is absent, or a dtype or head size it does not have
-    check(select_backend(name, here), "cuda", dtype, case)
+@pytest.mark.parametrize("case", [*STEPS, LARGE_STEP])
+def test_triton_backend(dtype: torch.dtype, case: tuple) -> None:
+    check(select_backend("triton", spec(device=torch.device("cuda"), dtype=dtype)), "cuda", dtype, case)
+
+
+MODULES = {"flash_attn": "flash_attn_interface", "flashinfer": "flashinfer"}
+INSTALLED = [name for name, module in MODULES.items() if importlib.util.find_spec(module)]
+
+
+if INSTALLED:  # without either library there is nothing to test, and nothing to skip
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("name", INSTALLED)
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("case", [*STEPS[2:5], LARGE_STEP])
+    def test_optional_backends(name: str, dtype: torch.dtype, case: tuple) -> None:
+        check(select_backend(name, spec(device=torch.device("cuda"), dtype=dtype)), "cuda", dtype, case)
 
 
 def test_sdpa_plans_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,14 @@ import torch
 from nanovllm.kernels import jit, launch_config, norm, reference
 from nanovllm.kernels.decode_attention import decode_attention
 from nanovllm.kernels.kv_cache import check_cache
-from nanovllm.kernels.launch_config import decode_config, next_power_of_2, prefill_config, rms_norm_config, rope_config
+from nanovllm.kernels.launch_config import (
+    MAX_SPLITS,
+    decode_config,
+    next_power_of_2,
+    prefill_config,
+    rms_norm_config,
+    rope_config,
+)
 from nanovllm.kernels.rope import qk_norm_rope_store
 
 
@@ -30,7 +37,7 @@ def test_decode_config_is_valid(num_seqs: int, kv_heads: int, element_size: int,
         config = decode_config(num_seqs, kv_heads, head_dim, element_size, longest, num_sms=132)
         assert next_power_of_2(config.block_n) == config.block_n >= 16
         assert config.min_split % config.block_n == 0
-        assert 1 <= config.max_splits <= 64
+        assert 1 <= config.max_splits <= MAX_SPLITS
         assert (config.max_splits - 1) * config.min_split < longest  # no split that could never hold a key
         tiles = 2 * config.num_stages * config.block_n * next_power_of_2(head_dim) * element_size
         assert tiles <= 200 * 1024  # shared memory of one program

@@ -216,12 +216,17 @@ def test_preempted_sequence_recomputes_prompt_and_output_then_goes_on() -> None:
 
 
 def test_no_admission_in_a_step_that_preempts() -> None:
-    scheduler = make_scheduler(num_blocks=5, max_num_seqs=4)
-    for i in range(6):
-        scheduler.add(make_seq(i, [i] * 3, max_tokens=12))
-    batches = run_all(scheduler, FakeModel(4))
-    assert any(batch.preempted for batch in batches)
-    assert not any(batch.preempted and batch.admitted for batch in batches)
+    """Even where it would fit: the second of two equal texts gives up its copy and could share the first's at once."""
+    scheduler, model = make_scheduler(num_blocks=5), FakeModel(4)
+    first, second = make_seq(0, [1, 2], max_tokens=16), make_seq(1, [1, 2], max_tokens=16)
+    scheduler.add(first)
+    scheduler.add(second)
+    batch = run_step(scheduler, model)
+    while not batch.preempted:
+        batch = run_step(scheduler, model)
+    assert batch.preempted == (second,) and batch.admitted == ()
+    batch = run_step(scheduler, model)
+    assert batch.admitted == (second,) and second.block_table[:2] == first.block_table[:2]
 
 
 def test_admission_leaves_headroom_for_those_who_run() -> None:

@@ -27,7 +27,26 @@ from scheduler_sim import (
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 
-BASES = ([5, 6, 7, 8] * 6, [5, 6, 7, 8, 9, 9, 9, 9] * 3)  # two texts that begin alike and repeat themselves
+# Two texts that begin alike and repeat themselves, so that requests share prefixes of any length.
+BASES = ([5, 6, 7, 8] * 6, [5, 6, 7, 8, 9, 9, 9, 9] * 3)
+PROMPTS = st.builds(
+    lambda base, cut, tail: base[:cut] + tail,
+    st.sampled_from(BASES),
+    st.integers(0, 24),
+    st.lists(st.integers(5, 6), max_size=2),
+)
+REQUESTS = st.fixed_dictionaries(
+    {
+        "prompt": PROMPTS,
+        "copies": st.integers(1, 3),
+        "max_tokens": st.sampled_from([24, 8, 1]),
+        "min_tokens": st.sampled_from([0, 0, 4]),
+        "ignore_eos": st.booleans(),
+        "stop_token_ids": st.sampled_from([frozenset(), frozenset({STOP})]),
+        "cache_salt": st.sampled_from([b"", b"", b"", b"salt"]),
+        "read_prefix_cache": st.sampled_from([True, True, True, False]),
+    }
+)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -38,11 +57,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         block_size=st.sampled_from([1, 2, 4]),
         max_num_seqs=st.integers(1, 5),
         spare_budget=st.integers(0, 12),
-        max_model_len=st.sampled_from([12, 64]),
+        max_model_len=st.sampled_from([64, 12]),
         caching=st.sampled_from([True, True, True, False]),
+        requests=st.lists(REQUESTS, min_size=1, max_size=4),
     )
     def start(
-        self, num_blocks: int, block_size: int, max_num_seqs: int, spare_budget: int, max_model_len: int, caching: bool
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        spare_budget: int,
+        max_model_len: int,
+        caching: bool,
+        requests: list[dict],
     ) -> None:
         budget = max_num_seqs + spare_budget
         self.scheduler = make_scheduler(num_blocks, block_size, max_num_seqs, budget, max_model_len, caching)
@@ -50,41 +77,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.seqs: list[Sequence] = []
         self.expected_reason: dict[int, str] = {}  # of sequences that were ended from outside
         self.promises: dict[bytes, list[int]] = {}  # digest -> what the slots of such a block must hold
+        for request in requests:
+            self.submit(**request)
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
-    @rule(
-        base=st.sampled_from(BASES),
-        cut=st.integers(0, 24),
-        tail=st.lists(st.integers(5, 6), max_size=2),
-        max_tokens=st.integers(1, 20),
-        min_tokens=st.integers(0, 4),
-        stops=st.booleans(),
-        ignore_eos=st.booleans(),
-        salt=st.sampled_from([b"", b"", b"", b"salt"]),
-        reads=st.sampled_from([True, True, True, False]),
-        copies=st.integers(1, 3),
-    )
-    def add(
-        self, base: list[int], cut: int, tail: list[int], max_tokens: int, min_tokens: int, stops: bool,
-        ignore_eos: bool, salt: bytes, reads: bool, copies: int,
-    ) -> None:  # fmt: skip
-        prompt = base[:cut] + tail
-        stop_ids = frozenset({STOP}) if stops else frozenset()
-        manager = self.scheduler.block_manager
-        fits = 0 < len(prompt) < self.scheduler.max_model_len and len(prompt) <= manager.num_blocks * manager.block_size
-        for _ in range(copies):
-            seq = make_seq(
-                len(self.seqs), prompt, max_tokens=max_tokens, min_tokens=min_tokens, eos_token_ids=EOS,
-                stop_token_ids=stop_ids, ignore_eos=ignore_eos, cache_salt=salt, read_prefix_cache=reads,
-            )  # fmt: skip
-            try:
-                self.scheduler.add(seq)
-            except ValueError:
-                assert not fits
-            else:
-                assert fits
-                self.seqs.append(seq)
+    @rule(request=REQUESTS)
+    def add(self, request: dict) -> None:
+        self.submit(**request)
 
     @precondition(lambda self: self.unfinished())
     @rule(data=st.data())
@@ -98,17 +98,14 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
-    @rule()
-    def step(self) -> None:
-        batch = self.scheduler.schedule()
-        check_batch(self.scheduler, batch)
-        assert batch.is_empty != self.scheduler.has_unfinished
-        self.scheduler.update(batch, self.model.run(batch))
-
-    @rule(count=st.integers(2, 6))
+    @precondition(lambda self: self.unfinished())
+    @rule(count=st.integers(1, 6))
     def steps(self, count: int) -> None:
         for _ in range(count):
-            run_step(self.scheduler, self.model)
+            batch = self.scheduler.schedule()
+            check_batch(self.scheduler, batch)
+            assert batch.is_empty != self.scheduler.has_unfinished
+            self.scheduler.update(batch, self.model.run(batch))
 
     @precondition(lambda self: self.unfinished())
     @rule(data=st.data(), reason=st.sampled_from(["abort", "error"]))
@@ -184,6 +181,19 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
+    def submit(self, prompt: list[int], copies: int, **rules) -> None:
+        manager = self.scheduler.block_manager
+        fits = 0 < len(prompt) < self.scheduler.max_model_len and len(prompt) <= manager.num_blocks * manager.block_size
+        for _ in range(copies):
+            seq = make_seq(len(self.seqs), prompt, eos_token_ids=EOS, **rules)
+            try:
+                self.scheduler.add(seq)
+            except ValueError:
+                assert not fits
+            else:
+                assert fits
+                self.seqs.append(seq)
+
     def unfinished(self) -> list[Sequence]:
         return [seq for seq in self.seqs if not seq.is_finished]
 
@@ -206,6 +216,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=200, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestSchedulerMachine = SchedulerMachine.TestCase

@@ -19,7 +19,7 @@ import torch
 from nanovllm.kernels import reference
 from nanovllm.kernels.jit import jit, num_sms, require_unit_stride, use_triton
 from nanovllm.kernels.kv_cache import check_cache, page_ids
-from nanovllm.kernels.launch_config import DecodeConfig, decode_config, next_power_of_2
+from nanovllm.kernels.launch_config import MAX_SPLITS, DecodeConfig, decode_config, next_power_of_2
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -103,21 +103,10 @@ def _decode_kernel(
         tl.store(partial_lse + slot, top + tl.log2(total), mask=row < GROUP)
 
 
-@jit()
-def _merge(partial, partial_lse, first, count, dim, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Weigh `count` splits' outputs, rows `first`.. of the workspace, by their share of the softmax's denominator."""
-    split = tl.arange(0, BLOCK_S)
-    lse = tl.load(partial_lse + first + split, mask=split < count, other=float("-inf"))
-    inside = (split < count)[:, None] & (dim < HEAD_DIM)[None, :]
-    value = tl.load(partial + (first + split)[:, None] * HEAD_DIM + dim[None, :], mask=inside, other=0.0)
-    share = tl.exp2(lse - tl.max(lse, axis=0))
-    return tl.sum(value * share[:, None], axis=0) / tl.sum(share, axis=0)
-
-
 @jit(do_not_specialize=("window", "max_splits", "min_split"), unaligned=("context_lens",))
 def _merge_kernel(
     partial, partial_lse, context_lens, out, out_stride, window, max_splits, min_split,
-    Q_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    Q_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MOST: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, query head): weigh the splits' outputs by their share of the softmax's denominator."""
@@ -128,9 +117,21 @@ def _merge_kernel(
     length = _split_length(span, max_splits, min_split, BLOCK_N)
     if span <= length:
         return
+    count = tl.cdiv(span, length)
+    row = (sequence.to(tl.int64) * Q_HEADS + head) * max_splits
+    split = tl.arange(0, MOST)
+    lse = tl.load(partial_lse + row + split, mask=split < count, other=float("-inf"))
+    top = tl.max(lse, axis=0)
+    total = tl.sum(tl.exp2(lse - top), axis=0)
+
     dim = tl.arange(0, BLOCK_D)
-    first = (sequence.to(tl.int64) * Q_HEADS + head) * max_splits
-    merged = _merge(partial, partial_lse, first, tl.cdiv(span, length), dim, HEAD_DIM, BLOCK_S)
+    merged = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, count, CHUNK):
+        split = start + tl.arange(0, CHUNK)
+        share = tl.exp2(tl.load(partial_lse + row + split, mask=split < count, other=float("-inf")) - top) / total
+        inside = (split < count)[:, None] & (dim < HEAD_DIM)[None, :]
+        value = tl.load(partial + (row + split)[:, None] * HEAD_DIM + dim[None, :], mask=inside, other=0.0)
+        merged += tl.sum(value * share[:, None], axis=0)
     target = out + sequence.to(tl.int64) * out_stride + head * HEAD_DIM + dim
     tl.store(target, merged, mask=dim < HEAD_DIM)
 
@@ -181,13 +182,14 @@ def decode_attention(
     }  # fmt: skip
     _decode_kernel[(num_seqs * kv_heads, splits)](
         q, k_cache, v_cache, block_table, context_lens, out, partial, lse, scale * math.log2(math.e),
-        q.stride(0), out.stride(0), block_table.stride(0), k_cache.stride(0), v_cache.stride(0), window or 0, splits, config.min_split,
+        q.stride(0), out.stride(0), block_table.stride(0), k_cache.stride(0), v_cache.stride(0),
+        window or 0, splits, config.min_split,
         KV_HEADS=kv_heads, GROUP=q_heads // kv_heads, PAGE=page, ROWS=max(16, next_power_of_2(q_heads // kv_heads)),
         SPLIT=splits > 1, num_warps=config.num_warps, num_stages=config.num_stages, **shared,
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[(num_seqs, q_heads)](
             partial, lse, context_lens, out, out.stride(0), window or 0, splits, config.min_split,
-            Q_HEADS=q_heads, BLOCK_S=next_power_of_2(splits), num_warps=4, **shared,
+            Q_HEADS=q_heads, MOST=MAX_SPLITS, CHUNK=16, num_warps=4, **shared,
         )  # fmt: skip
     return out

@@ -57,7 +57,7 @@ def _attend_tiles(
             visible = key[None, :] <= position[:, None]
             if HAS_WINDOW:
                 visible = visible & (key[None, :] > position[:, None] - window)
-            # Scaled before masking: contracted to a fused multiply-add, -1e38 * scale - top is not 0 where it should be.
+            # Scaled before masking: as a fused multiply-add, (-1e38) * scale - top is rounding noise of 1e30, not 0.
             scores = tl.where(visible, scores * scale, -1.0e38)
             new_top = tl.maximum(top, tl.max(scores, axis=1))
             weights = tl.exp2(scores - new_top[:, None])

@@ -80,6 +80,7 @@ PROMPTS = [
     chat("Summarise this text in one sentence:\n\n" + _STORY * 2),
     chat("Which of the two texts is about energy?\n\n1. " + _STORY + "\n\n2. " + _PHYSICS + "\n\n3. " + _CODE),
     _STORY * 3 + "One night, however,",
+    (_STORY + _PHYSICS) * 2 + _PHYSICS[:170] + " What does the lighthouse have in common with a heat pump? It",
     "1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233,",
 ]
 

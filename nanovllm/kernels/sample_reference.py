@@ -1,0 +1,87 @@
+"""Stateless random numbers and sampling in plain PyTorch: the specification of `sample`, and its CPU path.
+
+Gumbel-max: argmax(logits / T + g) with g = -log(-log(u)) is a draw from softmax(logits / T), so sampling needs neither
+the softmax nor its sum (Gumbel 1954; used for language models in arXiv 2603.15854).
+
+The uniform number u is a hash of (seed, position in the sequence, vocabulary index), not the next output of a generator
+(counter-based random numbers: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). A seeded sequence
+therefore draws the same tokens in whatever batch, order or chunking it runs, and again after a preemption.
+
+The hash is Wellons' `lowbias32` mixer, twice for each element, with two 32-bit keys that a row derives from its seed
+and position. All of it is arithmetic modulo 2**32, written here in int32, which wraps, and in `sample` in uint32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# lowbias32 (hash-prospector, bias 0.17): as signed numbers, since torch has no uint32 arithmetic.
+_MULTIPLY_1 = 0x7FEB352D
+_MULTIPLY_2 = 0x846CA68B - 2**32
+# Start values of the two keys: fractional digits of the golden ratio and of the square root of 3.
+_KEY_1 = 0x9E3779B9 - 2**32
+_KEY_2 = 0xBB67AE85 - 2**32
+
+
+def mix32(x: torch.Tensor) -> torch.Tensor:
+    """A bijection of 32-bit integers in which each input bit flips each output bit half of the time. x: int32."""
+    x = x ^ ((x >> 16) & 0xFFFF)  # the mask makes int32's arithmetic shift a logical one
+    x.mul_(_MULTIPLY_1)
+    x.bitwise_xor_((x >> 15) & 0x1FFFF)
+    x.mul_(_MULTIPLY_2)
+    return x.bitwise_xor_((x >> 16) & 0xFFFF)
+
+
+def row_keys(seeds: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two 32-bit keys a row. seeds: int64 [R]; positions: integer [R], below 2**32. Returns int32 [R] twice.
+
+    The keys chain the three words in different orders; no two seeds share both keys at a position.
+    """
+    low, high = _low32(seeds), _low32(seeds >> 32)
+    position = _low32(positions)
+    key_1 = mix32(mix32(mix32(low + _KEY_1) ^ high) ^ position)
+    key_2 = mix32(mix32(mix32(position + _KEY_2) ^ low) ^ high)
+    return key_1, key_2
+
+
+def uniform(seeds: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Uniform numbers in (0, 1), float32, shape of `index`: multiples of 2**-23 plus 2**-24, so never 0 and never 1.
+
+    seeds: int64 [R]; positions: integer [R]; index: integer [R, N] or [N] for the same indices in every row.
+    """
+    key_1, key_2 = row_keys(seeds, positions)
+    bits = mix32(mix32(_low32(index) ^ key_1[:, None]) + key_2[:, None])
+    # 23 bits and a half are 24 significant bits: exact in float32, where 24 bits and a half would round up to 1.
+    return ((bits >> 9) & 0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
+
+
+def gumbel(seeds: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise, float32, between -2.82 and 16.64; arguments as in `uniform`."""
+    return uniform(seeds, positions, index).log_().neg_().log_().neg_()
+
+
+def sample(
+    logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """One token a row: argmax(logits * (1 / temperature) + gumbel), or argmax(logits) where temperature is 0.
+
+    logits: [R, V], any float dtype, computed in float32; temperature: float32 [R]; seeds: int64 [R];
+    positions: integer [R]. Returns int64 [R]. The lowest index wins a tie.
+    """
+    tokens = logits.argmax(dim=-1)
+    rows = torch.nonzero(temperature > 0).flatten()
+    if rows.numel() == 0:
+        return tokens
+    index = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
+    scores = logits[rows].float() * (1.0 / temperature[rows])[:, None]
+    scores += gumbel(seeds[rows], positions[rows], index)
+    tokens[rows] = scores.argmax(dim=-1)
+    return tokens
+
+
+def _low32(x: torch.Tensor) -> torch.Tensor:
+    """The low 32 bits of integers as int32."""
+    if x.dtype == torch.int32:
+        return x
+    x = x.long() & 0xFFFFFFFF
+    return (x - ((x >> 31) << 32)).to(torch.int32)

@@ -1,0 +1,71 @@
+"""Sampling defaults that come with a model: `generation_config.json`, or the sampling keys of a GGUF file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nanovllm.loader.gguf_file import read_gguf
+from nanovllm.loader.resolve import ModelSource
+
+_GGUF_KEYS = {
+    "temperature": "temp",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """Values for the sampling parameters that a request leaves unset; None where the model says nothing.
+
+    `do_sample` is ignored, as vLLM does: it is missing from many files whose models are meant to be sampled, and
+    whoever wants greedy decoding says `temperature=0`.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+
+def load_generation_config(source: ModelSource) -> GenerationDefaults:
+    """The defaults of a model, empty where it brings none. ValueError for a value that is no number."""
+    if source.kind == "gguf":
+        metadata = read_gguf(source.path).metadata
+        raw = {ours: metadata.get(f"general.sampling.{key}") for ours, key in _GGUF_KEYS.items()}
+        return _parse(raw, source.path.name)
+    path = source.path / "generation_config.json"
+    if not path.is_file():
+        return GenerationDefaults()
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): fetch it again, or set generation_config=False") from error
+    return _parse(raw, str(path))
+
+
+def _parse(raw: Mapping[str, Any], origin: str) -> GenerationDefaults:
+    numbers: dict[str, Any] = {}
+    for name in _GGUF_KEYS:
+        value = raw.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{origin}: {name} is {value!r}, but must be a number")
+        numbers[name] = int(value) if name == "top_k" else float(value)
+    return GenerationDefaults(**numbers, eos_token_ids=as_ids(raw.get("eos_token_id"), "eos_token_id", origin))
+
+
+def as_ids(value: Any, key: str, origin: str) -> tuple[int, ...]:
+    """Token ids from null, an integer or a list of integers."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise ValueError(f"{origin}: {key} is {value!r}, but must be an integer or a list of integers")
+    return tuple(ids)

@@ -1,0 +1,75 @@
+"""The rotary part of a config.json -> `RopeConfig`.
+
+Three spellings are in use: `rope_theta` beside `rope_scaling` with `type` or, later, `rope_type`; and since
+transformers 5 everything inside `rope_parameters`. Keys that nobody here computes with are refused, because a
+rotation that is nearly right gives text that is nearly right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nanovllm.config import SUPPORTED_ROPE_TYPES, RopeConfig
+
+_REQUIRED = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": (),
+}
+# Their name in the file -> ours. "finetuned" is a remark of old YaRN checkpoints without effect.
+_NUMBERS = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "attention_factor": "attention_factor",
+    "mscale": "mscale",
+    "mscale_all_dim": "mscale_all_dim",
+}
+_OTHERS = {
+    "type", "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "truncate", "finetuned"
+}  # fmt: skip
+
+
+def parse_rope(config: Mapping[str, Any], max_position: int, origin: str) -> RopeConfig:
+    """ValueError for a type, key or value that we would have to ignore; `origin` names the file."""
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    nested = [key for key, value in scaling.items() if isinstance(value, dict)]
+    if nested:
+        raise ValueError(f"{origin}: rotary parameters per layer type ({', '.join(nested)}) are not supported")
+    rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
+    if rope_type not in SUPPORTED_ROPE_TYPES:
+        raise ValueError(
+            f"{origin}: RoPE type {rope_type!r} is not supported; supported are {', '.join(SUPPORTED_ROPE_TYPES)}"
+        )
+    unknown = sorted(key for key in scaling.keys() - _NUMBERS.keys() - _OTHERS if scaling[key] is not None)
+    if unknown:
+        raise ValueError(f"{origin}: the rotary parameter {unknown[0]!r} is not supported for RoPE type {rope_type!r}")
+    partial = _first(scaling.get("partial_rotary_factor"), config.get("partial_rotary_factor"), 1.0)
+    if partial != 1.0:
+        raise ValueError(f"{origin}: partial_rotary_factor is {partial}, but only 1 (all of a head rotates) is supported")
+    missing = [key for key in _REQUIRED[rope_type] if scaling.get(key) is None]
+    if missing:
+        raise ValueError(f"{origin}: RoPE type {rope_type!r} needs {missing[0]!r}, which is missing")
+    numbers = {ours: float(scaling[key]) for key, ours in _NUMBERS.items() if scaling.get(key) is not None}
+    original = None
+    if rope_type in ("llama3", "yarn"):
+        name = "original_max_position_embeddings"  # beside the parameters it wins over inside them
+        original = int(_first(config.get(name), scaling.get(name), max_position))
+        numbers.setdefault("factor", max_position / original)
+    return RopeConfig(
+        rope_type=rope_type,
+        theta=float(_first(scaling.get("rope_theta"), config.get("rope_theta"), 10000.0)),
+        original_max_position=original,
+        truncate=bool(_first(scaling.get("truncate"), True)),
+        **numbers,
+    )
+
+
+def _first(*values: Any) -> Any:
+    """The first value that is not None."""
+    return next(value for value in values if value is not None)
