@@ -46,7 +46,9 @@ def main() -> None:
     if set(args.test) - {"cpu"}:
         records += measure_engine(args)
     for r in records:
-        print(f"{r.engine:12} {r.model:14} {r.test:10} batch {r.batch:>4} prompt {r.prompt:>9} {r.metric:>22} {r.value:10.4g}")
+        print(
+            f"{r.engine:12} {r.model:14} {r.test:10} batch {r.batch:>4} prompt {r.prompt:>9} {r.metric:>22} {r.value:10.4g}"
+        )
     write(records, args.csv)
 
 
@@ -57,7 +59,9 @@ def measure_engine(args: argparse.Namespace) -> list[Record]:
         if args.model in SHAPES:
             path, load = str(write_config(args.model, Path(directory))), "dummy"
         started = time.perf_counter()
-        llm = LLM(path, load_format=load, max_model_len=4096, enforce_eager=args.enforce_eager, enable_prefix_caching=False)
+        llm = LLM(
+            path, load_format=load, max_model_len=4096, enforce_eager=args.enforce_eager, enable_prefix_caching=False
+        )
         ready = time.perf_counter() - started
     device = llm.engine.runner.device.type
     base = dict(

@@ -108,7 +108,9 @@ class EngineConfig:
     gpu_memory_utilization: float = _option(0.9, "share of the GPU that this process may use, weights included")
     kv_cache_memory_bytes: int | None = _option(None, "absolute size of the KV cache; wins over the share of the GPU")
     num_kvcache_blocks: int | None = _option(None, "absolute number of KV blocks; wins over both")
-    kvcache_block_size: int = _option(32, "tokens a KV block holds, a power of two up to 64; the unit of prefix sharing")
+    kvcache_block_size: int = _option(
+        32, "tokens a KV block holds, a power of two up to 64; the unit of prefix sharing"
+    )
     enable_prefix_caching: bool = _option(True, "reuse the KV of prompt prefixes seen before")
     enforce_eager: bool = _option(False, "no CUDA graphs")
     attention_backend: str = _option("auto", "auto, triton, sdpa, flash_attn or flashinfer")
@@ -147,7 +149,9 @@ class EngineConfig:
             )
         _require_choice("dtype", self.dtype, DTYPES)
         _require_choice("load_format", self.load_format, ("auto", "dummy"))
-        _require_choice("attention_backend", self.attention_backend, ("auto", "triton", "sdpa", "flash_attn", "flashinfer"))
+        _require_choice(
+            "attention_backend", self.attention_backend, ("auto", "triton", "sdpa", "flash_attn", "flashinfer")
+        )
 
 
 def _require_positive_int(name: str, value: object) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, Union
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -20,7 +20,7 @@ from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
 # A text, its token ids, or vLLM's dictionary with either under "prompt" or "prompt_token_ids".
-Prompt = Union[str, Sequence[int], dict[str, Any]]
+Prompt = str | Sequence[int] | dict[str, Any]
 Message = dict[str, Any]  # {"role": ..., "content": ...}
 
 
@@ -111,7 +111,7 @@ class LLM:
         seen = 0
         try:
             while True:
-                self.engine.step_until(lambda: request.version > seen)
+                self.engine.step_until(lambda seen=seen: request.version > seen)
                 seen = request.version
                 output = request.output()
                 yield output

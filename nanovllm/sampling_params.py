@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-import operator
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -143,12 +143,11 @@ class SamplingParams:
             for token_id in ids:
                 if not 0 <= token_id < vocab_size:
                     raise ValueError(
-                        f"{name} names token {token_id}, which is outside the vocabulary: ids go from 0 to {vocab_size - 1}"
+                        f"{name} names token {token_id}, which is outside the vocabulary: use ids from 0 to "
+                        f"{vocab_size - 1}"
                     )
 
-    def resolve(
-        self, defaults: Mapping[str, Any] | None = None, eos_token_ids: Iterable[int] = ()
-    ) -> ResolvedSampling:
+    def resolve(self, defaults: Mapping[str, Any] | None = None, eos_token_ids: Iterable[int] = ()) -> ResolvedSampling:
         """The values to sample with.
 
         `defaults`: the content of `generation_config.json`; of it, the five fields whose None means "not set" are
@@ -195,7 +194,9 @@ def child_seed(seed: int, index: int) -> int:
 
 def _real(accept: Callable[[float], bool], rule: str) -> Callable[[str, Any], float]:
     def check(name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not accept(float(value)):
+        # NumPy's numbers are `Real` too. Integers beyond float's range cannot be converted; NaN fails the comparison.
+        real = not isinstance(value, bool) and isinstance(value, numbers.Real) and abs(value) <= sys.float_info.max
+        if not real or not accept(float(value)):
             raise ValueError(f"{name} must be {rule}, got {value!r}")
         return float(value)
 
@@ -204,10 +205,9 @@ def _real(accept: Callable[[float], bool], rule: str) -> Callable[[str, Any], fl
 
 def _integer(low: int, high: float, rule: str) -> Callable[[str, Any], int]:
     def check(name: str, value: Any) -> int:
-        # Anything that Python takes for an index counts, NumPy's integers too.
-        if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= operator.index(value) <= high:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
             raise ValueError(f"{name} must be {rule}, got {value!r}")
-        return operator.index(value)
+        return int(value)
 
     return check
 
@@ -239,7 +239,8 @@ def _logit_bias(name: str, value: Any) -> dict[int, float]:
 
 def _processors(name: str, value: Any) -> list[LogitsProcessor]:
     if not isinstance(value, (list, tuple)) or not all(callable(processor) for processor in value):
-        raise ValueError(f"{name} must be a list of functions (prompt_ids, output_ids, logits) -> logits, got {value!r}")
+        signature = "(prompt_ids, output_ids, logits) -> logits"
+        raise ValueError(f"{name} must be a list of functions {signature}, got {value!r}")
     return list(value)
 
 
@@ -249,11 +250,11 @@ _PENALTY = _real(lambda x: -2.0 <= x <= 2.0, "a number from -2 to 2")
 _NUM_LOGPROBS = _integer(0, MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}, or None for no log-probabilities")
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "temperature": _real(lambda x: 0.0 <= x < math.inf, "a finite number, 0 (greedy) or more"),
+    "temperature": _real(lambda x: x >= 0.0, "a finite number, 0 (greedy) or more"),
     "top_p": _real(lambda x: 0.0 < x <= 1.0, "a number above 0 and up to 1 (= off)"),
     "top_k": _integer(-1, math.inf, "an integer, 1 or more (0 or -1 = off)"),
     "min_p": _real(lambda x: 0.0 <= x <= 1.0, "a number from 0 (= off) to 1"),
-    "repetition_penalty": _real(lambda x: 0.0 < x < math.inf, "a finite number above 0 (1 = off)"),
+    "repetition_penalty": _real(lambda x: x > 0.0, "a finite number above 0 (1 = off)"),
     "presence_penalty": _PENALTY,
     "frequency_penalty": _PENALTY,
     "logit_bias": _logit_bias,

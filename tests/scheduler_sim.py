@@ -16,7 +16,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 
-VOCAB = 16
+VOCAB = 48
 EOS = frozenset({0, 1})
 STOP = 2
 GARBAGE = -1

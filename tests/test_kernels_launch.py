@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from nanovllm.kernels import jit, launch_config, norm, reference
 from nanovllm.kernels.decode_attention import decode_attention
 from nanovllm.kernels.kv_cache import check_cache
 from nanovllm.kernels.launch_config import (
+    H100,
     MAX_SPLITS,
+    Gpu,
     decode_config,
     next_power_of_2,
     prefill_config,
@@ -21,6 +24,8 @@ from nanovllm.kernels.launch_config import (
     rope_config,
 )
 from nanovllm.kernels.rope import qk_norm_rope_store
+
+CONSUMER = Gpu(num_sms=82, shared_memory=99 * 1024)  # an RTX 3090
 
 
 @pytest.mark.parametrize(("n", "power"), [(1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
@@ -33,20 +38,20 @@ def test_next_power_of_2(n: int, power: int) -> None:
 @pytest.mark.parametrize("element_size", [2, 4])
 @pytest.mark.parametrize("longest", [1, 100, 4096, 131072])
 def test_decode_config_is_valid(num_seqs: int, kv_heads: int, element_size: int, longest: int) -> None:
-    for head_dim in (64, 80, 128, 256):
-        config = decode_config(num_seqs, kv_heads, head_dim, element_size, longest, num_sms=132)
+    for head_dim, gpu in itertools.product((64, 80, 128, 256), (H100, CONSUMER)):
+        config = decode_config(num_seqs, kv_heads, head_dim, element_size, longest, gpu)
         assert next_power_of_2(config.block_n) == config.block_n >= 16
         assert config.min_split % config.block_n == 0
         assert 1 <= config.max_splits <= MAX_SPLITS
         assert (config.max_splits - 1) * config.min_split < longest  # no split that could never hold a key
         tiles = 2 * config.num_stages * config.block_n * next_power_of_2(head_dim) * element_size
-        assert tiles <= 200 * 1024  # shared memory of one program
+        assert tiles <= gpu.shared_memory
 
 
 def test_decode_splits_a_lone_sequence_and_not_a_full_batch() -> None:
-    lone = decode_config(1, 8, 128, 2, 4096, num_sms=132)
-    assert lone.max_splits * 8 >= 132
-    crowd = decode_config(256, 8, 128, 2, 4096, num_sms=132)
+    lone = decode_config(1, 8, 128, 2, 4096, H100)
+    assert lone.max_splits * 8 >= 0.9 * H100.num_sms
+    crowd = decode_config(256, 8, 128, 2, 4096, H100)
     assert crowd.min_split > lone.min_split
     assert crowd.max_splits > 1  # one long sequence among short ones is still shared out
 
@@ -54,11 +59,13 @@ def test_decode_splits_a_lone_sequence_and_not_a_full_batch() -> None:
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 16, 71])
 def test_prefill_config_is_valid(group: int) -> None:
     for tokens in (1, 17, 500, 8192):
-        for element_size, head_dim in ((2, 64), (2, 128), (4, 128), (2, 256)):
-            config = prefill_config(tokens, 4 * group, group, head_dim, element_size, num_sms=132)
+        for element_size, head_dim, gpu in itertools.product((2, 4), (64, 96, 128, 256), (H100, CONSUMER)):
+            config = prefill_config(tokens, 4 * group, group, head_dim, element_size, gpu)
             assert group % config.pack == 0
             assert config.block_m % config.pack == 0
             assert min(config.block_m, config.block_n) >= 16
+            rows = config.block_m + 2 * config.num_stages * config.block_n
+            assert rows * next_power_of_2(head_dim) * element_size <= gpu.shared_memory
 
 
 def test_row_configs_cover_their_rows() -> None:

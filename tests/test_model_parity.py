@@ -15,7 +15,9 @@ from tiny_models import CASES, reference_logits, save_model
 from nanovllm import LLM, SamplingParams
 
 TOLERANCE = 1e-5
-ENGINE = dict(kvcache_block_size=8, num_kvcache_blocks=96, max_num_batched_tokens=40, max_num_seqs=8, show_progress=False)
+ENGINE = dict(
+    kvcache_block_size=8, num_kvcache_blocks=96, max_num_batched_tokens=40, max_num_seqs=8, show_progress=False
+)
 
 
 class Teacher:
@@ -35,7 +37,8 @@ def teacher_forced(llm: LLM, sequences: list[list[int]], prompt_lens: list[int])
     """Logits [T - prompt_len + 1, vocab] of each sequence from its prompt's last token on, in one batch."""
     teachers = [Teacher([*seq[n:], 0]) for seq, n in zip(sequences, prompt_lens, strict=True)]
     params = [
-        SamplingParams(temperature=0, max_tokens=len(t.tokens), ignore_eos=True, logits_processors=[t]) for t in teachers
+        SamplingParams(temperature=0, max_tokens=len(t.tokens), ignore_eos=True, logits_processors=[t])
+        for t in teachers
     ]
     prompts = [seq[:n] for seq, n in zip(sequences, prompt_lens, strict=True)]
     outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -80,7 +83,9 @@ def test_prompt_logprobs(case: str, tmp_path: Path) -> None:
     prompt = torch.randint(3, 211, (70,), generator=torch.Generator().manual_seed(5)).tolist()
     with LLM(str(tmp_path), max_model_len=128, **ENGINE) as llm:
         for _ in range(2):  # the second time over a warm prefix cache
-            output = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=3), use_tqdm=False)[0]
+            output = llm.generate(
+                prompt, SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=3), use_tqdm=False
+            )[0]
     expected = torch.log_softmax(reference_logits(reference, prompt), dim=-1)
     assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == len(prompt)
     assert output.prompt_logprobs[0] is None

@@ -53,13 +53,13 @@ class SchedulerMachine(RuleBasedStateMachine):
     scheduler: Scheduler
 
     @initialize(
-        num_blocks=st.integers(2, 12),
+        num_blocks=st.integers(2, 16),
         block_size=st.sampled_from([1, 2, 4]),
         max_num_seqs=st.integers(1, 5),
         spare_budget=st.integers(0, 12),
         max_model_len=st.sampled_from([64, 12]),
         caching=st.sampled_from([True, True, True, False]),
-        requests=st.lists(REQUESTS, min_size=1, max_size=4),
+        requests=st.lists(REQUESTS, min_size=2, max_size=5),
     )
     def start(
         self,

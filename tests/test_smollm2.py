@@ -15,7 +15,9 @@ import pytest
 
 from nanovllm import LLM, RequestOutput, SamplingParams
 
-CASES: list[dict[str, Any]] = json.loads(Path(__file__).with_name("data").joinpath("smollm2_greedy.json").read_text())["cases"]
+CASES: list[dict[str, Any]] = json.loads(Path(__file__).with_name("data").joinpath("smollm2_greedy.json").read_text())[
+    "cases"
+]
 PROMPTS = [case["prompt_token_ids"] for case in CASES]
 GREEDY = SamplingParams(temperature=0, max_tokens=64)
 TIE = 1e-3

@@ -48,9 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
             original_max_position_embeddings=64,
         ),
     ),
-    "llama_yarn": dict(
-        model_type="llama", **_rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
-    ),
+    "llama_yarn": dict(model_type="llama", **_rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)),
     "mistral": dict(model_type="mistral", sliding_window=16),
     "mistral_full": dict(model_type="mistral", sliding_window=None),
     "qwen2": dict(model_type="qwen2"),

@@ -26,7 +26,9 @@ _HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /
 def add_parser(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
     """Declare the subcommand."""
     parser = commands.add_parser("chat", help="talk to a model")
-    parser.add_argument("model", nargs="?", default="smollm2", help='directory, .gguf file, hub id (default: "smollm2")')
+    parser.add_argument(
+        "model", nargs="?", default="smollm2", help='directory, .gguf file, hub id (default: "smollm2")'
+    )
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--debug", action="store_true", help="show a traceback instead of one sentence")
     add_sampling_options(parser)

@@ -8,7 +8,17 @@ import os
 import platform
 import sys
 
-_PACKAGES = ("torch", "triton", "tokenizers", "safetensors", "huggingface_hub", "gguf", "numpy", "jinja2", "transformers")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "tokenizers",
+    "safetensors",
+    "huggingface_hub",
+    "gguf",
+    "numpy",
+    "jinja2",
+    "transformers",
+)
 _PACKAGES += ("flash_attn", "flashinfer-python")
 
 
@@ -35,7 +45,7 @@ def environment() -> dict[str, str]:
         "nanovllm": __version__,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "cpu": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "cpu": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
     }
     for package in _PACKAGES:
         try:

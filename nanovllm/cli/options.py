@@ -27,7 +27,14 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Options for the fields of `SamplingParams` that make sense on a command line; unset ones are the model's."""
     group = parser.add_argument_group("sampling options (default: the model's own)")
-    kinds: dict[str, type] = {"top_k": int, "seed": int, "max_tokens": int, "min_tokens": int, "stop": str, "ignore_eos": bool}
+    kinds: dict[str, type] = {
+        "top_k": int,
+        "seed": int,
+        "max_tokens": int,
+        "min_tokens": int,
+        "stop": str,
+        "ignore_eos": bool,
+    }
     for name in _SAMPLING:
         kind = kinds.get(name, float)
         if name == "stop":

@@ -37,6 +37,11 @@ class ScheduledSequence(NamedTuple):
     def positions(self) -> range:
         return range(self.start, self.start + self.num_tokens)
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of prompt tokens are wanted and some of this chunk's predict one."""
+        return self.seq.num_prompt_logprobs is not None and self.start < self.seq.num_prompt_tokens - 1
+
     def slots(self, block_size: int) -> list[int]:
         """Where the KV of each token goes, -1 = nowhere; see `slot_mapping`."""
         return slot_mapping(self.block_table, self.start, self.context_len, block_size, self.store_from)

@@ -7,6 +7,7 @@ smallest graph that holds it. Sizes 1 to 16 are exact, since that is where paddi
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -18,7 +19,10 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 
 
 class DecodeGraphs:
-    """One recorded graph per batch size. `forward(size)` runs a decode step on the fixed buffers: hidden states [size, hidden]."""
+    """One recorded graph per batch size.
+
+    `forward(size)` runs a decode step on the fixed buffers and returns hidden states [size, hidden].
+    """
 
     def __init__(self, forward: Callable[[int], torch.Tensor], sizes: list[int]) -> None:
         self._forward = forward
@@ -28,7 +32,7 @@ class DecodeGraphs:
 
     def capture(self, show_progress: bool) -> None:
         """Record all sizes, the largest first so that the smaller ones fit into its memory pool."""
-        pool: tuple[int, int] | None = None
+        pool: Any = None
         for size in tqdm(self._sizes[::-1], desc="Capturing CUDA graphs", disable=not show_progress, leave=False):
             self._forward(size)  # compiles kernels and fills the caches that a recording must not touch
             torch.cuda.synchronize()

@@ -23,10 +23,11 @@ from nanovllm.engine.model_runner import ModelRunner, StepOutput
 from nanovllm.engine.request import Completion, Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence as EngineSequence
+from nanovllm.layers.sampling_batch import SamplingRow
 from nanovllm.loader.detokenizer import IncrementalDetokenizer, StopChecker
 from nanovllm.loader.tokenizer import Tokenizer
 from nanovllm.outputs import Logprob
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import SamplingParams, child_seed
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class LLMEngine:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.runner = ModelRunner(config)
-        self.tokenizer: Tokenizer | None = self.runner.load_tokenizer()
+        self.tokenizer: Tokenizer | None = self._load_tokenizer()
         self.model_config = self.runner.model_config
         self.max_model_len = self.runner.max_model_len
         blocks = BlockManager(self.runner.num_blocks, config.kvcache_block_size, config.enable_prefix_caching)
@@ -74,7 +75,9 @@ class LLMEngine:
         vocab_size = self.model_config.vocab_size
         bad = next((t for t in token_ids if not 0 <= t < vocab_size), None)
         if bad is not None:
-            raise ValueError(f"token id {bad} is outside the vocabulary of {vocab_size} tokens: use ids from 0 to {vocab_size - 1}")
+            raise ValueError(
+                f"token id {bad} is outside the vocabulary of {vocab_size} tokens: use ids from 0 to {vocab_size - 1}"
+            )
         self.scheduler.check_prompt(len(token_ids))
         params.check_token_ids(vocab_size)
         if params.stop_strings and self.tokenizer is None:
@@ -83,7 +86,8 @@ class LLMEngine:
             request_id = request_id if request_id is not None else f"request-{next(self._seq_ids)}"
             seed = params.seed if params.seed is not None else self._random.getrandbits(63)
             completions = [
-                self._make_completion(request_id, token_ids, params, index, seed, streaming) for index in range(params.n)
+                self._make_completion(request_id, token_ids, params, index, seed, streaming)
+                for index in range(params.n)
             ]
         return Request(request_id, text, token_ids, params, completions, self.tokenizer)
 
@@ -93,7 +97,9 @@ class LLMEngine:
             self._check_open()
             for request in requests:
                 if request.request_id in self._requests:
-                    raise ValueError(f"request id {request.request_id!r} is in use: ids of running requests must be unique")
+                    raise ValueError(
+                        f"request id {request.request_id!r} is in use: ids of running requests must be unique"
+                    )
             for request in requests:
                 self._requests[request.request_id] = request
                 for completion in request.completions:
@@ -186,6 +192,19 @@ class LLMEngine:
 
     # -- text --------------------------------------------------------------------------------------------------------
 
+    def _load_tokenizer(self) -> Tokenizer | None:
+        """None when the user wants none, or when the model brings none: token ids still work then."""
+        config = self.config
+        if config.skip_tokenizer_init:
+            return None
+        try:
+            return Tokenizer.from_source(self.runner.loaded.source, config.tokenizer, config.chat_template)
+        except FileNotFoundError as error:
+            if config.tokenizer is not None:
+                raise
+            logger.warning("no tokenizer, so prompts must be token ids: %s", error)
+            return None
+
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer; ValueError when the engine runs without one."""
         if self.tokenizer is None:
@@ -197,7 +216,9 @@ class LLMEngine:
     ) -> dict[str, Any]:
         """A conversation as a prompt: {"prompt": text, "prompt_token_ids": ids}. The template writes its own BOS."""
         tokenizer = self.require_tokenizer()
-        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=add_generation_prompt, **template_kwargs)
+        text = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=add_generation_prompt, **template_kwargs
+        )
         return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 
     def _tokenize(self, prompt: Any) -> tuple[str | None, list[int]]:
@@ -217,27 +238,33 @@ class LLMEngine:
     def _make_completion(
         self, request_id: str, token_ids: list[int], params: SamplingParams, index: int, seed: int, streaming: bool
     ) -> Completion:
-        room = self.max_model_len - len(token_ids)
+        eos = self.model_config.eos_token_ids
+        scored = params.prompt_logprobs if index == 0 else None
         seq = EngineSequence(
             next(self._seq_ids),
             request_id,
             token_ids,
-            max_tokens=room if params.max_tokens is None else params.max_tokens,
+            max_tokens=self.max_model_len if params.max_tokens is None else params.max_tokens,
             min_tokens=params.min_tokens,
-            eos_token_ids=frozenset(self.runner.eos_token_ids),
+            eos_token_ids=frozenset(eos),
             stop_token_ids=frozenset(params.stop_token_ids or ()),
             ignore_eos=params.ignore_eos,
             cache_salt=self.runner.cache_salt(len(token_ids)),
-            read_prefix_cache=params.prompt_logprobs is None or index > 0,
+            read_prefix_cache=scored is None,
+            num_prompt_logprobs=scored,
             index=index,
-            sampling_params=params,
         )
-        self.runner.prepare_sequence(seq, params, seed)
-        completion = Completion(seq, logprobs=None if params.logprobs is None else [])
+        resolved = params.resolve(self.runner.sampling_defaults, eos)
+        seq.sampling = SamplingRow(resolved, child_seed(seed, index), seq.prompt_token_ids, seq.output_token_ids)
+        completion = Completion(
+            seq,
+            logprobs=None if params.logprobs is None else [],
+            include_stop=params.include_stop_str_in_output,
+        )
         if self.tokenizer is not None and (streaming or params.stop_strings):
-            completion.detokenizer = IncrementalDetokenizer(self.tokenizer, skip_special_tokens=params.skip_special_tokens)
+            completion.detokenizer = IncrementalDetokenizer(self.tokenizer, params.skip_special_tokens)
             if params.stop_strings:
-                completion.stop_checker = StopChecker(params.stop_strings, include_stop=params.include_stop_str_in_output)
+                completion.stop_checker = StopChecker(params.stop_strings, params.include_stop_str_in_output)
         return completion
 
     def _with_text(self, entries: list[dict[int, Logprob]]) -> list[dict[int, Logprob]]:
@@ -246,7 +273,10 @@ class LLMEngine:
             return entries
         decode = self.tokenizer.decode
         return [
-            {token: replace(logprob, decoded_token=decode([token], skip_special_tokens=False)) for token, logprob in entry.items()}
+            {
+                token: replace(logprob, decoded_token=decode([token], skip_special_tokens=False))
+                for token, logprob in entry.items()
+            }
             for entry in entries
         ]
 

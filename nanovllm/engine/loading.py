@@ -10,7 +10,9 @@ from nanovllm.config import EngineConfig, ModelConfig
 from nanovllm.layers.attention.backend import AttentionBackend, AttentionSpec, select_backend
 from nanovllm.layers.parallel import Build, TensorParallel
 from nanovllm.layers.rotary import context_limit
-from nanovllm.loader import GenerationDefaults, ModelSource
+from nanovllm.loader import GenerationDefaults, ModelSource, load_generation_config, load_model_config, resolve_model
+from nanovllm.loader.dummy import dummy_weights
+from nanovllm.loader.weights import iter_weights
 from nanovllm.models.llama import LlamaForCausalLM
 from nanovllm.models.registry import build_model, load_weights, prepare_for_inference
 from nanovllm.utils.device import resolve_device, resolve_dtype
@@ -32,5 +34,45 @@ class LoadedModel:
 
 
 def load_model(config: EngineConfig) -> LoadedModel:
-    """Resolve, build, fill and prepare a model."""
-    raise ValueError("not yet")
+    """Find, build and fill a model; every mistake in its files or in `config` is a ValueError or FileNotFoundError."""
+    if config.tensor_parallel_size > 1:
+        raise ValueError(
+            f"tensor_parallel_size={config.tensor_parallel_size} needs several processes, which do not exist yet: use 1"
+        )
+    device = resolve_device(config.device)
+    source = resolve_model(config.model, weights=config.load_format != "dummy")
+    model_config = load_model_config(source, use_generation_config=config.generation_config)
+    generation = load_generation_config(source) if config.generation_config else GenerationDefaults()
+    dtype = resolve_dtype(config.dtype, model_config.dtype, device)
+    max_len = resolve_max_model_len(config.max_model_len, model_config)
+    tp = TensorParallel()
+    spec = AttentionSpec(
+        device,
+        dtype,
+        model_config.num_heads,
+        model_config.num_kv_heads,
+        model_config.head_dim,
+        config.kvcache_block_size,
+    )
+    backend = select_backend(config.attention_backend, spec)
+    with torch.inference_mode():
+        model = build_model(model_config, max_len, backend, Build(dtype, device, tp)).eval()
+        if config.load_format == "dummy":
+            dummy_weights(model.named_parameters(), config.seed)
+        else:
+            load_weights(model, iter_weights(source, model_config, show_progress=config.show_progress))
+        prepare_for_inference(model)
+    return LoadedModel(source, model_config, generation, model, backend, device, dtype, tp, max_len)
+
+
+def resolve_max_model_len(wanted: int | None, model: ModelConfig) -> int:
+    """The context length to serve; ValueError when more is asked for than the positions are made for."""
+    limit = context_limit(model)
+    if wanted is None:
+        return limit
+    if wanted > limit:
+        raise ValueError(
+            f"max_model_len={wanted} exceeds the model's context of {limit} tokens: lower it, or extend the model "
+            "with a rope_scaling entry in config.json"
+        )
+    return wanted

@@ -6,8 +6,10 @@ run by a `ScheduledBatch` and knows nothing of queues, blocks or stop conditions
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -20,6 +22,7 @@ from nanovllm.engine.loading import LoadedModel, load_model
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.attention.backend import AttentionMetadata
 from nanovllm.layers.forward_batch import ForwardBatch, KVCaches
+from nanovllm.layers.logits import score_prompt
 from nanovllm.layers.sampler import Sampler
 from nanovllm.outputs import Logprob
 
@@ -34,6 +37,7 @@ class StepOutput:
 
     token_ids: list[int]  # one for each scheduled sequence that samples, in batch order
     logprobs: dict[int, dict[int, Logprob]] = field(default_factory=dict)  # by seq_id, of its new token
+    # (sequence, position of the first token scored, one entry a token)
     prompt_logprobs: list[tuple[Sequence, int, list[dict[int, Logprob]]]] = field(default_factory=list)
     errors: list[tuple[Sequence, str]] = field(default_factory=list)
 
@@ -49,7 +53,11 @@ class ModelRunner:
         self.max_model_len = self.loaded.max_model_len
         self.sampler = Sampler(self.model_config.vocab_size, self.device)
         self.inputs = InputBuilder(
-            config.max_num_seqs, config.max_num_batched_tokens, self.max_model_len, config.kvcache_block_size, self.device
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            self.max_model_len,
+            config.kvcache_block_size,
+            self.device,
         )
         self.num_blocks = self._plan_kv_cache()
         self.caches: KVCaches = self._allocate(self.num_blocks)
@@ -116,34 +124,75 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> StepOutput:
         """Run one step. Raises whatever the device raises; errors of single requests are in the output."""
-        seqs = [item.seq for item in batch.scheduled if item.samples]
         output = StepOutput(token_ids=[])
-        hidden = self._forward(batch, output)
+        hidden, positions = self._forward(batch, output)
+        seqs = [item.seq for item in batch.scheduled if item.samples]
         if seqs:
-            logits = self.model.compute_logits(hidden)
-            self._sample(seqs, logits, output)
+            self._sample(seqs, self.model.compute_logits(hidden), positions, output)
         return output
 
-    def _forward(self, batch: ScheduledBatch, output: StepOutput) -> torch.Tensor:
-        """Hidden states [R, hidden] of the R tokens to sample from."""
+    def _forward(self, batch: ScheduledBatch, output: StepOutput) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [R, hidden] and positions [R] of the R tokens to sample from."""
         n = len(batch.scheduled)
         if batch.num_decodes == n:
-            if self.graphs is None:
-                return self.model(self.inputs.build_decode(batch, n), self.caches)
-            size = self.graphs.size_for(n)
-            self.inputs.build_decode(batch, size)
-            return self.graphs.replay(size)[:n]
+            size = n if self.graphs is None else self.graphs.size_for(n)
+            inputs = self.inputs.build_decode(batch, size)
+            hidden = self.model(inputs, self.caches) if self.graphs is None else self.graphs.replay(size)
+            return hidden[:n], inputs.positions[:n]
         rotary = self.model.model.rotary
         lens = any(rotary.needs_prompt_lens(item.seq.num_prompt_tokens) for item in batch.scheduled)
         inputs = self.inputs.build(batch, prompt_lens=lens)
-        if not any(self._scores_prompt(item.seq, item.start) for item in batch.scheduled):
-            return self.model(inputs, self.caches)
+        positions = inputs.positions[inputs.logits_rows]
+        if not any(item.scores_prompt for item in batch.scheduled):
+            return self.model(inputs, self.caches), positions
         hidden = self.model(inputs.with_all_rows(), self.caches)
         self._score_prompts(batch, hidden, output)
-        return hidden[inputs.logits_rows]
+        return hidden[inputs.logits_rows], positions
 
     def _forward_decode(self, size: int) -> torch.Tensor:
         return self.model(self.inputs.decode_view(size), self.caches)
+
+    def _sample(self, seqs: list[Sequence], logits: torch.Tensor, positions: torch.Tensor, output: StepOutput) -> None:
+        result = self.sampler(logits, [seq.sampling for seq in seqs], positions)
+        output.token_ids = result.token_ids.tolist()  # the one place where a step waits for the device
+        output.errors = [(seqs[row], error) for row, error in result.errors.items()]
+        if result.logprobs is not None:
+            output.logprobs = {
+                seqs[row].seq_id: {token: Logprob(value, rank) for token, value, rank in entries}
+                for row, entries in result.logprobs.to_host().items()
+            }
+
+    def _score_prompts(self, batch: ScheduledBatch, hidden: torch.Tensor, output: StepOutput) -> None:
+        """Log-probabilities of prompt tokens; hidden [T, hidden] holds all tokens of the step.
+
+        Logits of a whole chunk would be gigabytes, so a few hundred rows are made at a time.
+        """
+        first = 0
+        for item in batch.scheduled:
+            # The hidden state of token j predicts token j + 1, which must belong to the prompt.
+            count = min(item.num_tokens, item.seq.num_prompt_tokens - 1 - item.start)
+            if item.scores_prompt:
+                entries: list[dict[int, Logprob]] = []
+                for a in range(0, count, _PROMPT_LOGPROB_ROWS):
+                    b = min(a + _PROMPT_LOGPROB_ROWS, count)
+                    logits = self.model.compute_logits(hidden[first + a : first + b])
+                    ids = item.seq.prompt_token_ids[item.start + a + 1 : item.start + b + 1]
+                    next_ids = torch.tensor(ids, device=self.device)
+                    scores = score_prompt(logits, next_ids, item.seq.num_prompt_logprobs or 0).to_host()
+                    entries += [{t: Logprob(value, rank) for t, value, rank in row} for row in scores.values()]
+                output.prompt_logprobs.append((item.seq, item.start + 1, entries))
+            first += item.num_tokens
+
+    # -- facts about the model that requests need --------------------------------------------------------------------
+
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """What `generation_config.json` says about sampling."""
+        return dataclasses.asdict(self.loaded.generation)
+
+    def cache_salt(self, prompt_len: int) -> bytes:
+        """Prompts under different salts never share KV: dynamic NTK rotates keys by the length of their prompt."""
+        return str(prompt_len).encode() if self.model.model.rotary.needs_prompt_lens(prompt_len) else b""
 
     def close(self) -> None:
         """Drop everything on the device; the runner cannot be used afterwards."""

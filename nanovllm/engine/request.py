@@ -27,6 +27,7 @@ class Completion:
     detokenizer: IncrementalDetokenizer | None = None  # None: the text is decoded once, at the end
     stop_checker: StopChecker | None = None
     text: str = ""
+    include_stop: bool = False  # whether the token or string that ended it belongs to the text
     logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float = 0.0
 
@@ -63,7 +64,7 @@ class Completion:
 
     def _hides_last(self) -> bool:
         """The EOS or stop token that ended the sequence is not part of its text, unless asked for."""
-        return self.seq.finish_reason == "stop" and not self.seq.sampling_params.include_stop_str_in_output
+        return self.seq.finish_reason == "stop" and not self.include_stop
 
 
 @dataclass(slots=True, eq=False)

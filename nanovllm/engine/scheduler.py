@@ -179,9 +179,7 @@ class Scheduler:
         num_tokens = min(seq.num_tokens - start, step.budget)
         seq.num_computed_tokens = start + num_tokens
         samples = seq.num_computed_tokens == seq.num_tokens
-        step.scheduled.append(
-            ScheduledSequence(seq, start, num_tokens, False, samples, store_from, seq.block_table)
-        )
+        step.scheduled.append(ScheduledSequence(seq, start, num_tokens, False, samples, store_from, seq.block_table))
         step.registered += self.block_manager.register(seq, start, start + num_tokens)
         step.num_samples += samples
         step.budget -= num_tokens

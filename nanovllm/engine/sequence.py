@@ -10,7 +10,7 @@ state": a sequence has `num_tokens` tokens, the KV of the first `num_computed_to
 what is left to run. Many tokens left is a prefill, one is a decode, and a preempted sequence is simply one whose
 KV is gone. (vLLM's V1 scheduler introduced this view.)
 
-This module knows nothing of schedulers, models or text; `sampling_params` passes through it unread.
+This module knows nothing of schedulers, models or text; `sampling` passes through it unread.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Sequence:
     cache_salt: bytes = field(default=b"", kw_only=True)  # sequences share blocks only under the same salt
     read_prefix_cache: bool = field(default=True, kw_only=True)  # False: compute all tokens (prompt logprobs)
     index: int = field(default=0, kw_only=True)  # which of its request's n completions this is
-    sampling_params: Any = field(default=None, kw_only=True)  # for the sampler; opaque here
+    sampling: Any = field(default=None, kw_only=True)  # for the sampler; opaque here
+    num_prompt_logprobs: int | None = field(default=None, kw_only=True)  # alternatives to report per prompt token
 
     # State: written by the scheduler and the block manager only.
     status: SequenceStatus = field(default=SequenceStatus.WAITING, init=False)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nanovllm.kernels import reference
-from nanovllm.kernels.jit import jit, num_sms, require_unit_stride, use_triton
+from nanovllm.kernels.jit import gpu_of, jit, require_unit_stride, use_triton
 from nanovllm.kernels.kv_cache import check_cache, page_ids
 from nanovllm.kernels.launch_config import MAX_SPLITS, DecodeConfig, decode_config, next_power_of_2
 
@@ -127,10 +127,10 @@ def _merge_kernel(
     dim = tl.arange(0, BLOCK_D)
     merged = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, count, CHUNK):
-        split = start + tl.arange(0, CHUNK)
-        share = tl.exp2(tl.load(partial_lse + row + split, mask=split < count, other=float("-inf")) - top) / total
-        inside = (split < count)[:, None] & (dim < HEAD_DIM)[None, :]
-        value = tl.load(partial + (row + split)[:, None] * HEAD_DIM + dim[None, :], mask=inside, other=0.0)
+        some = start + tl.arange(0, CHUNK)
+        share = tl.exp2(tl.load(partial_lse + row + some, mask=some < count, other=float("-inf")) - top) / total
+        inside = (some < count)[:, None] & (dim < HEAD_DIM)[None, :]
+        value = tl.load(partial + (row + some)[:, None] * HEAD_DIM + dim[None, :], mask=inside, other=0.0)
         merged += tl.sum(value * share[:, None], axis=0)
     target = out + sequence.to(tl.int64) * out_stride + head * HEAD_DIM + dim
     tl.store(target, merged, mask=dim < HEAD_DIM)
@@ -171,7 +171,7 @@ def decode_attention(
     longest = max_context_len or block_table.shape[1] * page
     if window is not None:
         longest = min(longest, window + page)
-    config = config or decode_config(num_seqs, kv_heads, dim, q.element_size(), longest, num_sms(q.device))
+    config = config or decode_config(num_seqs, kv_heads, dim, q.element_size(), longest, gpu_of(q.device))
     splits = config.max_splits
     workspace = (num_seqs, q_heads, splits) if splits > 1 else (0,)
     lse = torch.empty(workspace, dtype=torch.float32, device=q.device)

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from nanovllm.kernels.launch_config import Gpu
+
 logger = logging.getLogger(__name__)
 
 
@@ -96,9 +98,17 @@ def use_triton(x: torch.Tensor) -> bool:
 
 
 @functools.cache
+def gpu_of(device: torch.device) -> Gpu:
+    """What launch policies know of a device; for the interpreter a tiny GPU, so that split-KV paths are exercised."""
+    if device.type != "cuda":
+        return Gpu(num_sms=4, shared_memory=99 * 1024)
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
 def num_sms(device: torch.device) -> int:
-    """Streaming multiprocessors of a CUDA device; 4 for the interpreter, so that split-KV paths are exercised."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    """Streaming multiprocessors of a device."""
+    return gpu_of(device).num_sms
 
 
 def require_unit_stride(**tensors: torch.Tensor | None) -> None:

@@ -20,6 +20,17 @@ def cdiv(a: int, b: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class Gpu:
+    """What the policies know of a device."""
+
+    num_sms: int
+    shared_memory: int  # bytes one program may take
+
+
+H100 = Gpu(num_sms=132, shared_memory=227 * 1024)
+
+
+@dataclass(frozen=True, slots=True)
 class RowConfig:
     """Row-wise kernels: a program owns `rows` rows of `block` columns."""
 
@@ -91,7 +102,7 @@ def rope_config(num_tokens: int, num_heads: int, num_kv_heads: int) -> HeadConfi
 
 
 def decode_config(
-    num_seqs: int, num_kv_heads: int, head_dim: int, element_size: int, max_context_len: int, num_sms: int
+    num_seqs: int, num_kv_heads: int, head_dim: int, element_size: int, max_context_len: int, gpu: Gpu
 ) -> DecodeConfig:
     """Programs of 64 keys a tile and 4 warps; splits as short as the batch is small.
 
@@ -101,16 +112,23 @@ def decode_config(
     """
     block_n = 32 if element_size == 4 or head_dim > 128 else 64
     programs = max(num_seqs * num_kv_heads, 1)
-    if programs <= num_sms:
-        min_split, most, num_stages = 64, min(max(num_sms // programs, 16), MAX_SPLITS), 3
+    if programs <= gpu.num_sms:
+        min_split, most, num_stages = 64, min(max(gpu.num_sms // programs, 16), MAX_SPLITS), 3
     else:
-        min_split, most, num_stages = 256 if programs <= 2 * num_sms else 512, 32, 2
+        min_split, most, num_stages = 256 if programs <= 2 * gpu.num_sms else 512, 32, 2
     max_splits = max(1, min(most, cdiv(max_context_len, min_split)))
+    row_bytes = next_power_of_2(head_dim) * element_size
+    num_stages = _stages_that_fit(num_stages, 0, 2 * block_n * row_bytes, gpu)
     return DecodeConfig(block_n, max_splits, min_split, num_warps=4, num_stages=num_stages)
 
 
+def _stages_that_fit(stages: int, fixed: int, a_stage: int, gpu: Gpu) -> int:
+    """At most `stages` buffers of `a_stage` bytes beside `fixed` bytes (consumer GPUs have 99 KB, an H100 227)."""
+    return max(1, min(stages, (gpu.shared_memory - fixed) // a_stage))
+
+
 def prefill_config(
-    num_tokens: int, num_heads: int, group: int, head_dim: int, element_size: int, num_sms: int
+    num_tokens: int, num_heads: int, group: int, head_dim: int, element_size: int, gpu: Gpu
 ) -> PrefillConfig:
     """The largest tile of rows that gives every SM more than one program. `group` = query heads per KV head.
 
@@ -119,6 +137,8 @@ def prefill_config(
     pack = group if group & (group - 1) == 0 and group <= 16 else 1
     if element_size == 4:
         return PrefillConfig(block_m=32, block_n=32, pack=pack, num_warps=4, num_stages=1)
-    if head_dim <= 128 and 2 * num_tokens * num_heads >= 3 * 128 * num_sms:
-        return PrefillConfig(block_m=128, block_n=64, pack=pack, num_warps=8 if head_dim > 64 else 4, num_stages=3)
-    return PrefillConfig(block_m=64, block_n=64, pack=pack, num_warps=4, num_stages=3 if head_dim <= 128 else 2)
+    large = head_dim <= 128 and 2 * num_tokens * num_heads >= 3 * 128 * gpu.num_sms
+    block_m, block_n = 128 if large else 64, 64 if head_dim <= 128 else 32
+    row_bytes = next_power_of_2(head_dim) * element_size
+    num_stages = _stages_that_fit(3, block_m * row_bytes, 2 * block_n * row_bytes, gpu)
+    return PrefillConfig(block_m, block_n, pack, num_warps=8 if large and head_dim > 64 else 4, num_stages=num_stages)

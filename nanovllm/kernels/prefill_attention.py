@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nanovllm.kernels import reference
-from nanovllm.kernels.jit import jit, num_sms, require_unit_stride, use_triton
+from nanovllm.kernels.jit import gpu_of, jit, require_unit_stride, use_triton
 from nanovllm.kernels.kv_cache import check_cache, page_ids
 from nanovllm.kernels.launch_config import PrefillConfig, next_power_of_2, prefill_config
 
@@ -184,7 +184,7 @@ def prefill_attention(
     if not num_seqs:
         return out
     group = q_heads // kv_heads
-    config = config or prefill_config(tokens, q_heads, group, dim, q.element_size(), num_sms(q.device))
+    config = config or prefill_config(tokens, q_heads, group, dim, q.element_size(), gpu_of(q.device))
     tiles = tokens // (config.block_m // config.pack) + num_seqs
     _prefill_kernel[(q_heads // config.pack, tiles)](
         q, k_cache, v_cache, block_table, query_start, context_lens, out,

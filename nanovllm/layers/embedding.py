@@ -46,7 +46,9 @@ class LMHead(nn.Module):
         super().__init__()
         self.tp = build.tp
         self.vocab_size = embedding.vocab_size
-        self.table = embedding if tied else VocabParallelEmbedding(embedding.vocab_size, embedding.weight.shape[1], build)
+        self.table = (
+            embedding if tied else VocabParallelEmbedding(embedding.vocab_size, embedding.weight.shape[1], build)
+        )
 
     def load(self, name: str, tensor: torch.Tensor, part: int = 0) -> None:
         """Copy the checkpoint's head [V, hidden]."""

@@ -47,7 +47,7 @@ def load_generation_config(source: ModelSource) -> GenerationDefaults:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): fetch it again, or set generation_config=False") from error
+        raise ValueError(f"{path} is not valid JSON ({error}): fetch it again or delete it") from error
     return _parse(raw, str(path))
 
 

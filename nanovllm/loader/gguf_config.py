@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections import Counter
 from typing import Any
 
-from nanovllm.loader.gguf_file import GGUFFile
-from nanovllm.loader.gguf_weights import ROPE_FACTORS
-from nanovllm.loader.mapped import map_bytes
+from nanovllm.loader.gguf_file import ROPE_FACTORS, GGUFFile
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _DTYPES = {"F32": "float32", "F16": "float16"}  # BF16 and quantised weights: bfloat16
@@ -60,7 +59,7 @@ def from_metadata(file: GGUFFile) -> tuple[dict[str, Any], tuple[float, ...]]:
 
 def _tensor_rows(file: GGUFFile, name: str) -> int:
     if name not in file.tensors:
-        raise ValueError(f"{file.path.name} has no tensor {name}: it is no complete model (perhaps one part of several)")
+        raise ValueError(f"{file.path.name} has no tensor {name}: perhaps it is one part of several")
     return file.tensors[name].shape[0]
 
 
@@ -92,9 +91,9 @@ def _rope_factors(file: GGUFFile) -> tuple[float, ...]:
         return ()
     if stored.type != "F32":
         raise ValueError(f"{file.path.name}: {ROPE_FACTORS} has type {stored.type}, expected F32")
-    import torch
-
-    return tuple(map_bytes(file.path, stored.offset, stored.size).view(torch.float32).tolist())
+    with file.path.open("rb") as stream:
+        stream.seek(stored.offset)
+        return struct.unpack(f"<{stored.shape[0]}f", stream.read(stored.size))
 
 
 def _dtype(file: GGUFFile) -> str:

@@ -27,6 +27,7 @@ _TYPES = {
     14: ("Q6_K", 256, 210),
 }
 SUPPORTED_TYPES = tuple(name for name, _, _ in _TYPES.values())
+ROPE_FACTORS = "rope_freqs.weight"  # a tensor that belongs to the configuration, not to the weights
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
@@ -58,7 +59,7 @@ class GGUFFile:
     def require(self, key: str) -> Any:
         """A metadata value; ValueError names the key when it is missing."""
         if key not in self.metadata:
-            raise ValueError(f"{self.path.name} has no metadata {key!r}: convert the model again with a current llama.cpp")
+            raise ValueError(f"{self.path.name} has no metadata {key!r}: convert the model anew with llama.cpp")
         return self.metadata[key]
 
 

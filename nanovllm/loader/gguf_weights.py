@@ -36,7 +36,6 @@ _LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-ROPE_FACTORS = "rope_freqs.weight"  # not a weight: it belongs to the configuration
 
 
 def hf_name(name: str) -> str:

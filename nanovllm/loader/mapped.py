@@ -75,10 +75,10 @@ class CheckpointTensor:
             raise ValueError(f"cannot copy a tensor of shape {list(self.shape)} into one of {list(target.shape)}")
         rows = range(self._full[0])[self._index[0]]
         step = max(1, _PIECE // max(1, prod(self._full[1:])))
+        columns = (slice(None), *self._index[1:])
         for a in range(0, len(rows), step):
             b = min(a + step, len(rows))
-            piece = self._read_rows(rows.start + a, rows.start + b)
-            target[a:b].copy_(piece[(slice(None), *self._index[1:])])
+            target[a:b].copy_(self._read_rows(rows.start + a, rows.start + b)[columns])
 
     def read(self) -> torch.Tensor:
         """The whole as a plain CPU tensor of its own dtype."""

@@ -88,9 +88,11 @@ def parse_config(raw: Mapping[str, Any], origin: str) -> ModelConfig:
     _refuse_unsupported(config, origin)
     num_layers, hidden = _int(config, "num_hidden_layers", origin), _int(config, "hidden_size", origin)
     num_heads = _int(config, "num_attention_heads", origin)
-    # null means "as many as query heads"
-    num_kv_heads = num_heads if config.get("num_key_value_heads") is None else _int(config, "num_key_value_heads", origin)
-    head_dim = hidden // num_heads if config.get("head_dim") is None else _int(config, "head_dim", origin)
+    num_kv_heads, head_dim = num_heads, hidden // num_heads  # what null means
+    if config.get("num_key_value_heads") is not None:
+        num_kv_heads = _int(config, "num_key_value_heads", origin)
+    if config.get("head_dim") is not None:
+        head_dim = _int(config, "head_dim", origin)
     if num_heads % num_kv_heads:
         raise ValueError(f"{origin}: {num_heads} query heads cannot share {num_kv_heads} key-value heads evenly")
     if head_dim % 2:

@@ -37,7 +37,7 @@ def resolve_model(model: str, *, weights: bool = True) -> ModelSource:
     path = Path(model).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ValueError(f"{model} is a file but no .gguf: name a .gguf file or the directory that holds config.json")
+            raise ValueError(f"{model} is no .gguf file: name one, or the directory that holds config.json")
         return ModelSource("gguf", path, model)
     if path.is_dir():
         return _resolve_directory(path, model)
@@ -82,23 +82,23 @@ def _find_smollm2() -> Path:
 
 def _download(repo: str, patterns: list[str]) -> Path:
     """Bring the files of a hub repository into the local cache and return their directory."""
-    from huggingface_hub import snapshot_download, utils
+    from huggingface_hub import errors, snapshot_download
 
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=_IGNORED))
-    except utils.GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise PermissionError(
             f"{repo} is gated: accept its terms on its hub page and log in with `hf auth login`"
         ) from error
-    except utils.RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
             f"{repo!r} is neither a local directory nor a repository on the hub that you may read: check the spelling, "
             "or log in with `hf auth login` if it is private"
         ) from error
-    except (utils.LocalEntryNotFoundError, utils.OfflineModeIsEnabled) as error:
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise ConnectionError(
             f"{repo!r} is not a local directory, is not in the hub's cache, and the hub cannot be reached: "
             "connect to the network once, or give a local path"
         ) from error
-    except utils.HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         raise ConnectionError(f"the hub refused to send {repo}: {str(error).splitlines()[0]}") from error

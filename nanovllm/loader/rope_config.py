@@ -19,20 +19,11 @@ _REQUIRED = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": (),
 }
-# Their name in the file -> ours. "finetuned" is a remark of old YaRN checkpoints without effect.
-_NUMBERS = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "beta_fast": "beta_fast",
-    "beta_slow": "beta_slow",
-    "attention_factor": "attention_factor",
-    "mscale": "mscale",
-    "mscale_all_dim": "mscale_all_dim",
-}
-_OTHERS = {
-    "type", "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "truncate", "finetuned"
-}  # fmt: skip
+# Fields of RopeConfig under the same name, and keys handled one by one ("finetuned" is a remark without effect).
+_NUMBERS = {"factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"}
+_NUMBERS |= {"attention_factor", "mscale", "mscale_all_dim"}
+_OTHERS = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+_OTHERS |= {"truncate", "finetuned"}
 
 
 def parse_rope(config: Mapping[str, Any], max_position: int, origin: str) -> RopeConfig:
@@ -46,16 +37,16 @@ def parse_rope(config: Mapping[str, Any], max_position: int, origin: str) -> Rop
         raise ValueError(
             f"{origin}: RoPE type {rope_type!r} is not supported; supported are {', '.join(SUPPORTED_ROPE_TYPES)}"
         )
-    unknown = sorted(key for key in scaling.keys() - _NUMBERS.keys() - _OTHERS if scaling[key] is not None)
+    unknown = sorted(key for key in scaling.keys() - _NUMBERS - _OTHERS if scaling[key] is not None)
     if unknown:
         raise ValueError(f"{origin}: the rotary parameter {unknown[0]!r} is not supported for RoPE type {rope_type!r}")
     partial = _first(scaling.get("partial_rotary_factor"), config.get("partial_rotary_factor"), 1.0)
     if partial != 1.0:
-        raise ValueError(f"{origin}: partial_rotary_factor is {partial}, but only 1 (all of a head rotates) is supported")
+        raise ValueError(f"{origin}: partial_rotary_factor is {partial}, but only 1 is supported")
     missing = [key for key in _REQUIRED[rope_type] if scaling.get(key) is None]
     if missing:
         raise ValueError(f"{origin}: RoPE type {rope_type!r} needs {missing[0]!r}, which is missing")
-    numbers = {ours: float(scaling[key]) for key, ours in _NUMBERS.items() if scaling.get(key) is not None}
+    numbers: dict[str, Any] = {key: float(scaling[key]) for key in _NUMBERS if scaling.get(key) is not None}
     original = None
     if rope_type in ("llama3", "yarn"):
         name = "original_max_position_embeddings"  # beside the parameters it wins over inside them

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -104,10 +105,10 @@ def read_table(file: Path) -> list[StoredTensor]:
     return tensors
 
 
-def _entry(file: Path, data: int, name: str, entry: dict[str, object]) -> StoredTensor:
-    begin, end = entry["data_offsets"]  # type: ignore[misc]
-    shape = tuple(entry["shape"])  # type: ignore[arg-type, var-annotated]
+def _entry(file: Path, data: int, name: str, entry: dict[str, Any]) -> StoredTensor:
+    begin, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
     tensor = StoredTensor(file, name, str(entry["dtype"]), shape, data + begin, end - begin)
     if tensor.dtype in _DTYPES and tensor.size != prod(shape) * _DTYPES[tensor.dtype].itemsize:
-        raise ValueError(f"tensor {name} of shape {list(shape)} and type {tensor.dtype} cannot have {tensor.size} bytes")
+        raise ValueError(f"{name} of shape {list(shape)} and type {tensor.dtype} cannot fill {tensor.size} bytes")
     return tensor

@@ -12,8 +12,8 @@ from typing import cast
 import torch
 
 from nanovllm.config import ModelConfig
-from nanovllm.loader.gguf_file import read_gguf
-from nanovllm.loader.gguf_weights import ROPE_FACTORS, hf_name, open_tensor
+from nanovllm.loader.gguf_file import ROPE_FACTORS, read_gguf
+from nanovllm.loader.gguf_weights import hf_name, open_tensor
 from nanovllm.loader.mapped import CheckpointTensor
 from nanovllm.loader.resolve import ModelSource
 from nanovllm.loader.safetensors_weights import list_tensors

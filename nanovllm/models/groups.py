@@ -36,6 +36,8 @@ def norm_linear_groups(config: ModelConfig) -> list[NormLinearGroup]:
     layers = config.num_layers
     return [
         NormLinearGroup("layers.*.input_layernorm", "self_attn.qkv_proj", layers, qkv, h, config.qkv_bias),
-        NormLinearGroup("layers.*.post_attention_layernorm", "mlp.gate_up_proj", layers, inner, h, config.mlp_bias, "swiglu"),
+        NormLinearGroup(
+            "layers.*.post_attention_layernorm", "mlp.gate_up_proj", layers, inner, h, config.mlp_bias, "swiglu"
+        ),
         NormLinearGroup("norm", "lm_head", 1, config.vocab_size, h, False),
     ]

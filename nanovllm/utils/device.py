@@ -17,7 +17,9 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(f"device={name!r} but PyTorch finds no CUDA GPU: use device='cpu' or install CUDA's PyTorch")
+            raise ValueError(
+                f"device={name!r} but PyTorch finds no CUDA GPU: use device='cpu' or install CUDA's PyTorch"
+            )
         index = torch.cuda.current_device() if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise ValueError(f"device={name!r} but there are {torch.cuda.device_count()} GPUs, counted from 0")

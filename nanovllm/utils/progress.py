@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 
-def progress_bar(total: int, description: str, *, unit: str, enabled: bool) -> tqdm:  # type: ignore[type-arg]
+def progress_bar(total: int, description: str, *, unit: str, enabled: bool) -> tqdm:
     """A bar over `total` units on stderr, to be used in a `with` and moved by `.update(n)`; silent if not enabled."""
     from tqdm import tqdm
 

@@ -102,7 +102,15 @@ def main() -> None:
         top2 = torch.cat(out.logits).topk(2).values
         new = out.sequences[0, len(ids) :].tolist()
         gaps = [round(gap, 5) for gap in (top2[:, 0] - top2[:, 1]).tolist()]
-        cases.append(dict(prompt=prompt, prompt_token_ids=ids, token_ids=new, gaps=gaps, text=tokenizer.decode(new, skip_special_tokens=True)))
+        cases.append(
+            dict(
+                prompt=prompt,
+                prompt_token_ids=ids,
+                token_ids=new,
+                gaps=gaps,
+                text=tokenizer.decode(new, skip_special_tokens=True),
+            )
+        )
         print(f"{len(ids):4} tokens, smallest gap {min(gaps):.4f}: {cases[-1]['text'][:60]!r}")
     facts = dict(transformers=transformers.__version__, torch=torch.__version__, dtype="float32", model=gguf.name)
     lines = ",\n".join(json.dumps(case, ensure_ascii=False) for case in cases)

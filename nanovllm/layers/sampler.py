@@ -1,0 +1,130 @@
+"""The sampler: logits of R rows in, one token a row out, each by its own sequence's rules.
+
+Three paths, from cheap to rich, and a row takes the same decision on each of them:
+  all greedy      argmax
+  temperature     one fused operation for all rows (`kernels.sample`), greedy rows among them
+  special rows    a float32 copy of just those rows: penalties, bias, processors, min_tokens, top-k, top-p, min-p; then
+                  the same fused operation
+Random numbers are a hash of (seed, position, token), so the tokens of a sequence do not depend on its company.
+The device is waited for only when a Python logits processor has to see its row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from nanovllm.kernels.sample import sample
+from nanovllm.layers.logits import TokenLogprobs, cut_, penalise_, score_tokens
+from nanovllm.layers.sampling_batch import SamplingBatch, SamplingRow, Special
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerOutput:
+    """Results of one step. A row in `errors` (row -> sentence) failed alone; its token means nothing."""
+
+    token_ids: torch.Tensor  # [R] int64, on the device of the logits
+    logprobs: TokenLogprobs | None = None  # of the rows that asked, under the model's own distribution
+    errors: dict[int, str] = field(default_factory=dict)
+
+
+class Sampler:
+    """Chooses tokens. Keeps what it sent to the device for the last batch: decode steps repeat it."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self.vocab_size, self.device = vocab_size, device
+        self._batch: SamplingBatch | None = None
+
+    def __call__(self, logits: torch.Tensor, rows: Sequence[SamplingRow], positions: torch.Tensor) -> SamplerOutput:
+        """Sample the next token of each row.
+
+        logits: [R, vocab_size], any float dtype, not modified; rows: the R sequences; positions: int32 or int64 [R] on
+        the device, the position of the token that each row of logits comes from (it only feeds the random numbers).
+        """
+        if logits.shape != (len(rows), self.vocab_size):
+            raise ValueError(f"logits must have shape ({len(rows)}, {self.vocab_size}), got {tuple(logits.shape)}")
+        if self._batch is None or self._batch.rows != tuple(rows):
+            self._batch = SamplingBatch.build(rows, self.vocab_size, self.device)
+        batch, errors = self._batch, dict[int, str]()
+        if batch.special is None:
+            tokens = _choose(logits, batch, positions)
+        else:
+            tokens, errors = self._sample_special(logits, batch, batch.special, positions)
+        return SamplerOutput(tokens, _score(logits, batch, tokens), errors)
+
+    def _sample_special(
+        self, logits: torch.Tensor, batch: SamplingBatch, special: Special, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[int, str]]:
+        own = logits.index_select(0, special.index).float()  # [S, V], a copy
+        entries = batch.special_entries(self.vocab_size, self.device)
+        if "seen" in entries:
+            penalise_(own, entries["seen"], entries["counts"], special.penalties)
+        if special.bias.numel():
+            own.view(-1).index_add_(0, special.bias_index, special.bias)
+        errors = _run_processors(own, batch, special)
+        if "banned" in entries:
+            own.view(-1).index_fill_(0, entries["banned"], -math.inf)
+        errors |= _check_processed(own, batch, special, errors)
+        for where, cuts in special.cuts:
+            cut_(own[where], cuts)
+        tokens = sample(own, special.temperature, special.seeds, positions.index_select(0, special.index))
+        everything = len(special.numbers) == len(batch.rows)
+        all_tokens = torch.empty_like(tokens) if everything else _choose(logits, batch, positions)
+        return all_tokens.index_copy_(0, special.index, tokens), errors
+
+
+def _choose(logits: torch.Tensor, batch: SamplingBatch, positions: torch.Tensor) -> torch.Tensor:
+    """By temperature alone. logits: [R, V]. Returns int64 [R]."""
+    if batch.all_greedy:
+        return logits.argmax(dim=-1)
+    return sample(logits, batch.temperature, batch.seeds, positions)
+
+
+def _score(logits: torch.Tensor, batch: SamplingBatch, tokens: torch.Tensor) -> TokenLogprobs | None:
+    if not batch.scored:
+        return None
+    num_top = [batch.rows[i].params.logprobs or 0 for i in batch.scored]
+    index = batch.scored_index
+    return score_tokens(logits.index_select(0, index), tokens.index_select(0, index), batch.scored, num_top)
+
+
+def _run_processors(own: torch.Tensor, batch: SamplingBatch, special: Special) -> dict[int, str]:
+    """Run users' functions on their rows of `own` [S, V], in place. Returns the errors by row of the batch."""
+    errors: dict[int, str] = {}
+    for place, number in enumerate(special.numbers):
+        row = batch.rows[number]
+        for processor in row.params.logits_processors:
+            name = getattr(processor, "__name__", type(processor).__name__)
+            try:
+                # Copies of the lists: a processor that changes them must not change the sequence.
+                result = processor(list(row.prompt_token_ids), list(row.output_token_ids), own[place])
+            except Exception as error:  # a user's function may raise anything; only its own request shall fail
+                errors[number] = f"logits processor {name} raised {type(error).__name__}: {error}"
+                break
+            if not isinstance(result, torch.Tensor) or result.shape != own[place].shape or not result.dtype.is_floating_point:
+                got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, torch.Tensor) else type(result).__name__
+                errors[number] = f"logits processor {name} must return a float tensor of {own.shape[1]} logits, got {got}"
+                break
+            own[place].copy_(result)
+    return errors
+
+
+def _check_processed(
+    own: torch.Tensor, batch: SamplingBatch, special: Special, failed: dict[int, str]
+) -> dict[int, str]:
+    """Errors of rows that processors left without a token to choose. Clears those rows and the failed ones."""
+    places = [i for i, number in enumerate(special.numbers) if batch.rows[number].params.logits_processors]
+    if not places:
+        return {}
+    errors: dict[int, str] = {}
+    for place, largest in zip(places, own[places].amax(dim=-1).tolist(), strict=True):  # NaN is the maximum of its row
+        number = special.numbers[place]
+        if number not in failed and not math.isfinite(largest):
+            problem = "excluded every token" if largest == -math.inf else "returned NaN or +inf"
+            errors[number] = f"the logits processors {problem}: at least one logit must be finite, the others may be -inf"
+        if number in failed or number in errors:
+            own[place].zero_()
+    return errors

@@ -1,0 +1,129 @@
+"""Every kernel compiles to machine code for GPUs that are not here, as its public function launches it.
+
+The interpreter runs Python: it does not see a variable that changes its type in a loop, or tiles that do not fit into
+shared memory. Triton's compiler needs no GPU; only the launch is replaced, so wrong launch arguments show as well.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from nanovllm.kernels import activation, decode_attention, jit, kv_cache, norm, prefill_attention, rope
+from nanovllm.kernels.launch_config import H100, Gpu
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
+
+CONSUMER = Gpu(num_sms=82, shared_memory=99 * 1024)
+TARGETS = {"h100": (H100, 90), "consumer": (CONSUMER, 86)}
+F32, BF16 = torch.float32, torch.bfloat16
+TYPES = {F32: "*fp32", BF16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64"}
+
+
+class CompileOnly:
+    """Stands in for a kernel: `kernel[grid](...)` compiles for `target` what would have been launched."""
+
+    def __init__(self, kernel: Any, gpu: Gpu, capability: int, compiled: list[str]) -> None:
+        self.kernel, self.gpu, self.compiled = kernel, gpu, compiled
+        self.target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        assert all(isinstance(size, int) and size > 0 for size in grid)
+        return self.compile
+
+    def compile(self, *args: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
+        names = self.kernel.arg_names
+        values = {**dict(zip(names, args, strict=False)), **constants}
+        assert len(args) + len(constants) == len(names), "every parameter is given once"
+        assert set(values) == set(names)
+        constant = {name: value for name, value in values.items() if name in constants or value is None}
+        signature = {name: "constexpr" if name in constant else self.describe(values[name]) for name in names}
+        wide = [[["tt.divisibility", 16]] if self.is_aligned(name, values[name]) else None for name in names]
+        attrs = {(i,): spec for i, spec in enumerate(wide) if spec and names[i] not in constant}
+        source = triton.compiler.ASTSource(self.kernel, signature, constant, attrs)
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        binary = triton.compile(source, target=self.target, options=options)
+        assert binary.metadata.shared <= self.gpu.shared_memory
+        self.compiled.append(self.kernel.__name__)
+
+    @staticmethod
+    def describe(value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            return TYPES[value.dtype]
+        return "fp32" if isinstance(value, float) else "i32"
+
+    @staticmethod
+    def is_aligned(name: str, value: Any) -> bool:
+        return isinstance(value, torch.Tensor) or (name.endswith("stride") and value % 16 == 0)
+
+
+@pytest.fixture
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what was compiled; public functions take the Triton path on CPU tensors, up to the launch."""
+    gpu, capability = TARGETS[request.param]
+    names: list[str] = []
+    modules: list[ModuleType] = [activation, decode_attention, kv_cache, norm, prefill_attention, rope]
+    for module in modules:
+        monkeypatch.setattr(module, "use_triton", lambda x: True)
+        if hasattr(module, "gpu_of"):
+            monkeypatch.setattr(module, "gpu_of", lambda device: gpu)
+        jit._materialise(vars(module))
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, CompileOnly(getattr(module, name), gpu, capability, names))
+    return names
+
+
+both = pytest.mark.parametrize("compiled", ["h100", "consumer"], indirect=True)
+h100 = pytest.mark.parametrize("compiled", ["h100"], indirect=True)
+
+
+@h100
+def test_row_kernels(compiled: list[str]) -> None:
+    x, weight = torch.zeros(4, 2048, dtype=BF16), torch.ones(2048, dtype=BF16)
+    norm.rms_norm(x, weight, 1e-6)
+    norm.add_rms_norm(x, x, weight, 1e-6)
+    activation.silu_mul(x)
+    assert compiled == ["_rms_norm_kernel", "_rms_norm_kernel", "_silu_mul_kernel"]
+
+
+@h100
+@pytest.mark.parametrize("with_norm", [True, False])
+def test_rope_and_store(compiled: list[str], with_norm: bool) -> None:
+    cache, ints = torch.zeros(2, 8, 32, 128, dtype=BF16), torch.zeros(4, dtype=torch.int64)
+    weight = torch.ones(128, dtype=BF16) if with_norm else None
+    qkv = torch.zeros(4, 32 * 128, dtype=BF16)
+    rope.qk_norm_rope_store(qkv, weight, weight, 1e-6, torch.zeros(8, 128), ints, cache, cache, ints)
+    kv_cache.store_kv(torch.zeros(4, 8, 128, dtype=BF16), torch.zeros(4, 8, 128, dtype=BF16), cache, cache, ints)
+    assert compiled == ["_qk_norm_rope_store_kernel", "_store_kv_kernel"]
+
+
+# (dtype, q_heads, kv_heads, head_dim, page, window, sequences)
+ATTENTION = [
+    (BF16, 16, 8, 128, 32, None, 1),
+    (BF16, 9, 3, 64, 64, 100, 300),
+    (BF16, 8, 8, 96, 16, None, 4),
+    (BF16, 8, 2, 256, 32, None, 300),
+    (F32, 8, 2, 128, 32, None, 2),
+]
+
+
+@both
+@pytest.mark.parametrize("case", ATTENTION)
+def test_attention(compiled: list[str], case: tuple) -> None:
+    dtype, q_heads, kv_heads, dim, page, window, sequences = case
+    cache = torch.zeros(2, kv_heads, page, dim, dtype=dtype)
+    table, lengths = (torch.zeros(shape, dtype=torch.int32) for shape in ((sequences, 5), (sequences,)))
+    q = torch.zeros(sequences, q_heads, dim, dtype=dtype)
+    decode_attention.decode_attention(q, cache, cache, table, lengths, 0.1, window, 4096)
+    assert compiled[0] == "_decode_kernel"
+    assert compiled[1:] in ([], ["_merge_kernel"])
+    start = torch.zeros(sequences + 1, dtype=torch.int32)
+    for tokens in (40, 3000):
+        q = torch.zeros(tokens, q_heads, dim, dtype=dtype)
+        prefill_attention.prefill_attention(q, cache, cache, table, start, lengths, tokens, 0.1, window)
+    assert compiled[-2:] == ["_prefill_kernel", "_prefill_kernel"]
