@@ -111,7 +111,7 @@ class LLM:
         seen = 0
         try:
             while True:
-                self.engine.step_until(lambda seen=seen: request.version > seen)
+                self.engine.step_until_news(request, seen)
                 seen = request.version
                 output = request.output()
                 yield output

@@ -17,7 +17,7 @@ class Logprob:
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """One of the `n` answers of a request; `finish_reason` is None while it runs, then stop | length | abort | error."""
+    """One of the `n` answers of a request; `finish_reason`: None while it runs, then stop | length | abort | error."""
 
     index: int
     text: str

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -34,7 +33,7 @@ def reject_unknown_keywords(cls: type[T]) -> type[T]:
 
     Only the constructor changes; copying and pickling, which bypass it, stay as the dataclass made them.
     """
-    construct = cls.__init__
+    construct: Callable[..., None] = cls.__init__
     valid = [field.name for field in fields(cls)]  # type: ignore[arg-type]
 
     @functools.wraps(construct)
@@ -44,7 +43,7 @@ def reject_unknown_keywords(cls: type[T]) -> type[T]:
                 raise unknown_name_error(cls.__name__, name, valid)
         construct(self, *args, **kwargs)
 
-    cls.__init__ = __init__  # type: ignore[method-assign]
+    cls.__init__ = __init__  # type: ignore[assignment]
     return cls
 
 
@@ -194,13 +193,22 @@ def child_seed(seed: int, index: int) -> int:
 
 def _real(accept: Callable[[float], bool], rule: str) -> Callable[[str, Any], float]:
     def check(name: str, value: Any) -> float:
-        # NumPy's numbers are `Real` too. Integers beyond float's range cannot be converted; NaN fails the comparison.
-        real = not isinstance(value, bool) and isinstance(value, numbers.Real) and abs(value) <= sys.float_info.max
-        if not real or not accept(float(value)):
+        number = _to_float(value)
+        if not math.isfinite(number) or not accept(number):
             raise ValueError(f"{name} must be {rule}, got {value!r}")
-        return float(value)
+        return number
 
     return check
+
+
+def _to_float(value: Any) -> float:
+    """NaN for what is not a number (NumPy's are) and for integers beyond float's range."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
 
 
 def _integer(low: int, high: float, rule: str) -> Callable[[str, Any], int]:

@@ -112,6 +112,14 @@ def run_step(scheduler: Scheduler, model: FakeModel) -> ScheduledBatch:
     return batch
 
 
+def answer(scheduler: Scheduler, token: int = 9) -> list[int]:
+    """One step without a model: every sampled token is `token`. Returns the chunk sizes in batch order."""
+    batch = scheduler.schedule()
+    scheduler.update(batch, [token] * batch.num_samples)
+    check_invariants(scheduler)
+    return [item.num_tokens for item in batch.scheduled]
+
+
 def run_all(scheduler: Scheduler, model: FakeModel, max_steps: int = 10_000) -> list[ScheduledBatch]:
     batches = []
     while scheduler.has_unfinished:

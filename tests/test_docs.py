@@ -4,6 +4,7 @@ Conventions for `docs/*.md` and `README.md`:
 * a ```python block runs; the blocks of one file share a namespace, in a process of its own without a GPU;
 * a ```text block right below a ```python block is what that block prints, to the letter;
 * `<!-- not run: reason -->` right above a ```python block (one that needs a model, say): it must only compile.
+`python tests/test_docs.py` rewrites the printed text; read the difference before you keep it.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Block(NamedTuple):
     code: str
     runs: bool
     output: str | None
+    span: tuple[int, int]  # of the output in the document
 
 
 def python_blocks(text: str) -> list[Block]:
@@ -58,9 +60,10 @@ def python_blocks(text: str) -> list[Block]:
         if match[1] != "python":
             continue
         below = FENCE.match(text, len(text) - len(text[match.end() :].lstrip("\n")))
-        output = below[2] if below and below[1] == "text" else None
+        shown = below if below and below[1] == "text" else None
         runs = not NOT_RUN.search(text[: match.start()])
-        blocks.append(Block(text.count("\n", 0, match.start(2)), match[2], runs, output))
+        output, span = (shown[2], shown.span(2)) if shown else (None, (0, 0))
+        blocks.append(Block(text.count("\n", 0, match.start(2)), match[2], runs, output, span))
     return blocks
 
 
@@ -100,7 +103,13 @@ def run_blocks(document: str, blocks: list[Block]) -> list[str]:
     env.pop("TRITON_INTERPRET", None)
     sent = json.dumps([{"line": block.line, "code": block.code} for block in blocks])
     done = subprocess.run(
-        [sys.executable, "-c", RUNNER, document], input=sent, capture_output=True, text=True, timeout=120, cwd=ROOT, env=env
+        [sys.executable, "-c", RUNNER, document],
+        input=sent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        env=env,
     )
     assert done.returncode == 0, f"{document}: {done.stderr}"
     return json.loads(done.stdout.splitlines()[-1])
@@ -131,7 +140,7 @@ def test_relative_links_lead_somewhere(document: str) -> None:
 
 def test_the_checks_can_fail() -> None:
     """Each check, shown a document that breaks it."""
-    bad = "# One\n`nanovllm/nowhere.py` and [a](gone.md), [b](#two), [c]\n\n[c]: gone_too.md\n\n```python\nprint(1)\n```\n\n"
+    bad = "# 1\n`nanovllm/nowhere.py`, [a](gone.md), [b](#two), [c]\n\n[c]: gone_too.md\n\n```python\nprint(1)\n```\n\n"
     assert missing_paths(bad) == ["nanovllm/nowhere.py"]
     assert broken_links("docs/x.md", bad)[0] == "gone.md" and len(broken_links("docs/x.md", bad)) == 3
     (block,) = python_blocks(bad + "```text\n2\n```\n")
@@ -139,8 +148,25 @@ def test_the_checks_can_fail() -> None:
     assert run_blocks("x.md", [block]) == ["1\n"]
     assert not python_blocks("<!-- not run: needs a model -->\n```python\nboom\n```\n")[0].runs
     with pytest.raises(AssertionError, match="line 3"):
-        run_blocks("x.md", [Block(2, "1 / 0", True, None)])
+        run_blocks("x.md", [Block(2, "1 / 0", True, None, (0, 0))])
 
 
 def test_there_are_documents() -> None:
     assert DOCUMENTS
+
+
+def rewrite(document: str) -> None:
+    """Put what the blocks print today into the document."""
+    path = ROOT / document
+    text = path.read_text(encoding="utf-8")
+    running = [block for block in python_blocks(text) if block.runs]
+    for block, printed in reversed(list(zip(running, run_blocks(document, running), strict=True))):
+        if block.output is not None:
+            start, end = block.span
+            text = text[:start] + printed.rstrip() + "\n" + text[end:]
+    path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    for name in DOCUMENTS:
+        rewrite(name)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /stats shows speeds, /exit leaves"
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+def add_parser(commands: argparse._SubParsersAction) -> None:
     """Declare the subcommand."""
     parser = commands.add_parser("chat", help="talk to a model")
     parser.add_argument(

@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 
-_PACKAGES = (
+_PACKAGES: tuple[str, ...] = (
     "torch",
     "triton",
     "tokenizers",
@@ -22,7 +22,7 @@ _PACKAGES = (
 _PACKAGES += ("flash_attn", "flashinfer-python")
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+def add_parser(commands: argparse._SubParsersAction) -> None:
     """Declare the subcommand."""
     parser = commands.add_parser("collect-env", help="print versions and devices for a bug report")
     parser.set_defaults(run=run, debug=False)
@@ -45,7 +45,7 @@ def environment() -> dict[str, str]:
         "nanovllm": __version__,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "cpu": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
     }
     for package in _PACKAGES:
         try:

@@ -10,7 +10,7 @@ from nanovllm.cli.options import add_engine_options, add_sampling_options, engin
 from nanovllm.outputs import RequestOutput
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+def add_parser(commands: argparse._SubParsersAction) -> None:
     """Declare the subcommand."""
     parser = commands.add_parser("generate", help="complete a prompt, or answer a question with --chat")
     parser.add_argument("model", help='directory, .gguf file, hub id, or the alias "smollm2"')

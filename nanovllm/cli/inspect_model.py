@@ -8,7 +8,7 @@ from nanovllm.config import ModelConfig
 from nanovllm.models.groups import norm_linear_groups
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+def add_parser(commands: argparse._SubParsersAction) -> None:
     """Declare the subcommand."""
     parser = commands.add_parser("inspect", help="print a model's architecture, sizes and RMSNorm→Linear groups")
     parser.add_argument("model", help='directory, .gguf file, hub id, or the alias "smollm2"')

@@ -11,7 +11,15 @@ from typing import Any
 from nanovllm.config import EngineConfig
 from nanovllm.sampling_params import SamplingParams
 
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_SAMPLING: tuple[str, ...] = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
 _SAMPLING += ("seed", "max_tokens", "min_tokens", "stop", "ignore_eos")
 
 
@@ -20,7 +28,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine options")
     hints = typing.get_type_hints(EngineConfig)
     for field in dataclasses.fields(EngineConfig):
-        if field.name != "model":
+        if field.name in _engine_names():
             _add(group, field.name, _plain_type(hints[field.name]), field.default, field.metadata["help"])
 
 
@@ -47,13 +55,18 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def engine_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     """The engine options of parsed arguments, as keywords of `LLM`."""
-    return {f.name: getattr(args, f.name) for f in dataclasses.fields(EngineConfig) if f.name != "model"}
+    return {name: getattr(args, name) for name in _engine_names()}
 
 
 def sampling_params(args: argparse.Namespace, **defaults: Any) -> SamplingParams:
     """`SamplingParams` from parsed arguments; `defaults` fill what the user left unset."""
     given = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
     return SamplingParams(**{**defaults, **given})
+
+
+def _engine_names() -> list[str]:
+    """Fields of `EngineConfig` that are options; --seed on a command line is the request's."""
+    return [f.name for f in dataclasses.fields(EngineConfig) if f.name not in ("model", "seed")]
 
 
 def _add(group: argparse._ArgumentGroup, name: str, kind: type, default: Any, help_text: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from nanovllm.config import EngineConfig, ModelConfig
@@ -72,12 +73,16 @@ def allocate_kv_caches(
 ) -> KVCaches:
     """Zeroed (k, v) of shape [num_blocks, kv_heads, block_size, head_dim] for every layer.
 
-    Zeroed, because a masked position still multiplies its V by a zero probability, and 0 · NaN is NaN.
+    Zeroed, because a masked position still multiplies its V by a zero probability, and 0 · NaN is NaN. On the CPU the
+    zeros come from the operating system, page by page as they are first touched.
     """
     kv_heads = max(1, model.num_kv_heads // world_size)
     shape = (num_blocks, kv_heads, block_size, model.head_dim)
 
     def cache() -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
+        if device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        size = num_blocks * kv_heads * block_size * model.head_dim * dtype.itemsize
+        return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
 
     return [(cache(), cache()) for _ in range(model.num_layers)]

@@ -12,7 +12,7 @@ import itertools
 import logging
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,11 +140,11 @@ class LLMEngine:
             decodes = batch.num_decodes
             return StepInfo(batch.num_tokens, batch.num_tokens - decodes)
 
-    def step_until(self, done: Callable[[], bool]) -> None:
-        """Step until `done()`; other threads may do part of the stepping."""
-        while not done():
+    def step_until_news(self, request: Request, seen: int) -> None:
+        """Step until `request.version` exceeds `seen`; other threads may do part of the stepping."""
+        while request.version <= seen:
             with self._lock:
-                if not done() and self.step() is None:
+                if request.version <= seen and self.step() is None:
                     return
 
     def _process(self, batch: ScheduledBatch, output: StepOutput) -> None:

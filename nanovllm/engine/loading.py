@@ -55,13 +55,12 @@ def load_model(config: EngineConfig) -> LoadedModel:
         config.kvcache_block_size,
     )
     backend = select_backend(config.attention_backend, spec)
-    with torch.inference_mode():
-        model = build_model(model_config, max_len, backend, Build(dtype, device, tp)).eval()
-        if config.load_format == "dummy":
-            dummy_weights(model.named_parameters(), config.seed)
-        else:
-            load_weights(model, iter_weights(source, model_config, show_progress=config.show_progress))
-        prepare_for_inference(model)
+    model = build_model(model_config, max_len, backend, Build(dtype, device, tp)).eval()
+    if config.load_format == "dummy":
+        dummy_weights(model.named_parameters(), config.seed)
+    else:
+        load_weights(model, iter_weights(source, model_config, show_progress=config.show_progress))
+    prepare_for_inference(model)
     return LoadedModel(source, model_config, generation, model, backend, device, dtype, tp, max_len)
 
 

@@ -57,10 +57,8 @@ class Completion:
         if self.stop_checker is None:
             self.text += tail
             return
-        visible, stop = self.stop_checker.add(tail)
-        self.text += visible
-        if stop is None:
-            self.text += self.stop_checker.flush()
+        shown, stop = self.stop_checker.add(tail)
+        self.text += shown if stop is not None else shown + self.stop_checker.flush()
 
     def _hides_last(self) -> bool:
         """The EOS or stop token that ended the sequence is not part of its text, unless asked for."""

@@ -21,6 +21,8 @@ from typing import Any
 
 
 class SequenceStatus(Enum):
+    """Where a sequence is: in the queue, in the running set (it holds blocks), or done."""
+
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"

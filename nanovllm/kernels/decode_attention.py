@@ -19,7 +19,7 @@ import torch
 from nanovllm.kernels import reference
 from nanovllm.kernels.jit import gpu_of, jit, require_unit_stride, use_triton
 from nanovllm.kernels.kv_cache import check_cache, page_ids
-from nanovllm.kernels.launch_config import MAX_SPLITS, DecodeConfig, decode_config, next_power_of_2
+from nanovllm.kernels.launch_config import DecodeConfig, decode_config, next_power_of_2
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -106,7 +106,7 @@ def _decode_kernel(
 @jit(do_not_specialize=("window", "max_splits", "min_split"), unaligned=("context_lens",))
 def _merge_kernel(
     partial, partial_lse, context_lens, out, out_stride, window, max_splits, min_split,
-    Q_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MOST: tl.constexpr, CHUNK: tl.constexpr,
+    Q_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, query head): weigh the splits' outputs by their share of the softmax's denominator."""
@@ -117,21 +117,15 @@ def _merge_kernel(
     length = _split_length(span, max_splits, min_split, BLOCK_N)
     if span <= length:
         return
-    count = tl.cdiv(span, length)
-    row = (sequence.to(tl.int64) * Q_HEADS + head) * max_splits
-    split = tl.arange(0, MOST)
-    lse = tl.load(partial_lse + row + split, mask=split < count, other=float("-inf"))
-    top = tl.max(lse, axis=0)
-    total = tl.sum(tl.exp2(lse - top), axis=0)
-
+    split = tl.arange(0, BLOCK_S)
     dim = tl.arange(0, BLOCK_D)
-    merged = tl.zeros((BLOCK_D,), tl.float32)
-    for start in range(0, count, CHUNK):
-        some = start + tl.arange(0, CHUNK)
-        share = tl.exp2(tl.load(partial_lse + row + some, mask=some < count, other=float("-inf")) - top) / total
-        inside = (some < count)[:, None] & (dim < HEAD_DIM)[None, :]
-        value = tl.load(partial + (row + some)[:, None] * HEAD_DIM + dim[None, :], mask=inside, other=0.0)
-        merged += tl.sum(value * share[:, None], axis=0)
+    active = split * length < span
+    row = (sequence.to(tl.int64) * Q_HEADS + head) * max_splits + split
+    lse = tl.load(partial_lse + row, mask=active, other=float("-inf"))
+    inside = active[:, None] & (dim < HEAD_DIM)[None, :]
+    value = tl.load(partial + row[:, None] * HEAD_DIM + dim[None, :], mask=inside, other=0.0)
+    share = tl.exp2(lse - tl.max(lse, axis=0))
+    merged = tl.sum(value * share[:, None], axis=0) / tl.sum(share, axis=0)
     target = out + sequence.to(tl.int64) * out_stride + head * HEAD_DIM + dim
     tl.store(target, merged, mask=dim < HEAD_DIM)
 
@@ -190,6 +184,6 @@ def decode_attention(
     if splits > 1:
         _merge_kernel[(num_seqs, q_heads)](
             partial, lse, context_lens, out, out.stride(0), window or 0, splits, config.min_split,
-            Q_HEADS=q_heads, MOST=MAX_SPLITS, CHUNK=16, num_warps=4, **shared,
+            Q_HEADS=q_heads, BLOCK_S=next_power_of_2(splits), num_warps=4, **shared,
         )  # fmt: skip
     return out

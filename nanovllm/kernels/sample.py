@@ -66,7 +66,7 @@ def _row_keys(seed, position):
 
 @jit()
 def _uniform(index, key_1, key_2):
-    """`sample_reference.uniform`. index: a block of any integer type."""
+    """`sample_reference.keyed_uniform`. index: a block of any integer type."""
     bits = _mix32(_mix32(index.to(tl.uint32) ^ key_1) + key_2)
     return ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2**-23
 
@@ -161,8 +161,7 @@ def sample(
 def uniform(seeds: torch.Tensor, positions: torch.Tensor, width: int) -> torch.Tensor:
     """The uniform numbers behind `sample`, float32 [R, width]: for index 0 to width - 1 of each row."""
     if not use_triton(seeds):
-        index = torch.arange(width, dtype=torch.int32, device=seeds.device)
-        return sample_reference.uniform(seeds, positions, index)
+        return sample_reference.uniform(seeds, positions, width)
     require_unit_stride(seeds=seeds, positions=positions)
     out = torch.empty(seeds.shape[0], width, dtype=torch.float32, device=seeds.device)
     _uniform_kernel[(seeds.shape[0], -(-width // 1024))](seeds, positions, out, width, BLOCK=1024)

@@ -34,32 +34,36 @@ def mix32(x: torch.Tensor) -> torch.Tensor:
     return x.bitwise_xor_((x >> 16) & 0xFFFF)
 
 
-def row_keys(seeds: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two 32-bit keys a row. seeds: int64 [R]; positions: integer [R], below 2**32. Returns int32 [R] twice.
+def row_keys(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Two 32-bit keys a row. seeds: int64 [R]; positions: integer [R], below 2**32. Returns int32 [2, R].
 
     The keys chain the three words in different orders; no two seeds share both keys at a position.
     """
-    low, high = _low32(seeds), _low32(seeds >> 32)
-    position = _low32(positions)
-    key_1 = mix32(mix32(mix32(low + _KEY_1) ^ high) ^ position)
-    key_2 = mix32(mix32(mix32(position + _KEY_2) ^ low) ^ high)
-    return key_1, key_2
+    low, high, position = _low32(seeds), _low32(seeds >> 32), _low32(positions)
+    first = torch.stack((low + _KEY_1, position + _KEY_2))
+    second = torch.stack((high, low))
+    third = torch.stack((position, high))
+    return mix32(mix32(mix32(first) ^ second) ^ third)
 
 
-def uniform(seeds: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Uniform numbers in (0, 1), float32, shape of `index`: multiples of 2**-23 plus 2**-24, so never 0 and never 1.
+def keyed_uniform(keys: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Uniform numbers in (0, 1), float32 [R, N]: multiples of 2**-23 plus 2**-24, so never 0 and never 1.
 
-    seeds: int64 [R]; positions: integer [R]; index: integer [R, N] or [N] for the same indices in every row.
+    keys: int32 [2, R]; index: int32 [R, N], or [N] for the same indices in every row.
     """
-    key_1, key_2 = row_keys(seeds, positions)
-    bits = mix32(mix32(_low32(index) ^ key_1[:, None]) + key_2[:, None])
+    bits = mix32(mix32(index ^ keys[0, :, None]).add_(keys[1, :, None]))
     # 23 bits and a half are 24 significant bits: exact in float32, where 24 bits and a half would round up to 1.
     return ((bits >> 9) & 0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
 
 
-def gumbel(seeds: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel noise, float32, from -2.82 to 16.64 for the smallest and largest `uniform`; arguments as there."""
-    return uniform(seeds, positions, index).log_().neg_().log_().neg_()
+def uniform(seeds: torch.Tensor, positions: torch.Tensor, width: int) -> torch.Tensor:
+    """The uniform numbers of indices 0 to width - 1, float32 [R, width]; seeds and positions as in `row_keys`."""
+    return keyed_uniform(row_keys(seeds, positions), torch.arange(width, dtype=torch.int32, device=seeds.device))
+
+
+def gumbel(keys: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise, float32 [R, N], from -2.82 to 16.64; arguments as in `keyed_uniform`."""
+    return keyed_uniform(keys, index).log_().neg_().log_().neg_()
 
 
 def sample(
@@ -71,13 +75,23 @@ def sample(
     positions: integer [R]. Returns int64 [R]. The lowest index wins a tie.
     """
     tokens = logits.argmax(dim=-1)
-    for row in torch.nonzero(temperature > 0).flatten().tolist():
+    random_rows = torch.nonzero(temperature > 0).flatten().tolist()
+    if not random_rows:
+        return tokens
+    keys = row_keys(seeds, positions)
+    vocabulary = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
+    for row in random_rows:
         scores = logits[row].float() * (1.0 / temperature[row])
-        # Noise costs 40 operations an element, and most elements are too far behind for any noise to bring them to
-        # the front. Written so that a row of NaN keeps all of its elements.
-        index = torch.nonzero(~(scores < scores.max() - GUMBEL_SPREAD)).flatten()
-        noise = gumbel(seeds[row : row + 1], positions[row : row + 1], index)
-        tokens[row] = index[(scores[index] + noise[0]).argmax()]
+        # Noise costs some forty operations an element; tokens too far behind for any noise to bring them to the front
+        # can do without. Below a quarter, gathering the others pays. Written so that NaN counts as near.
+        near = ~(scores < scores.max() - GUMBEL_SPREAD)
+        if int(near.sum()) < logits.shape[1] // 4:
+            index = torch.nonzero(near).flatten()
+            noise = gumbel(keys[:, row : row + 1], index.to(torch.int32))
+            tokens[row] = index[(scores[index] + noise[0]).argmax()]
+        else:
+            noise = gumbel(keys[:, row : row + 1], vocabulary)
+            tokens[row] = (scores + noise[0]).argmax()
     return tokens
 
 

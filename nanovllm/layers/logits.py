@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-
 FEW = 1024  # so many of the largest logits are found by selection, more by sorting
 
 
@@ -124,9 +123,7 @@ class TokenLogprobs:
         return result
 
 
-def score_tokens(
-    logits: torch.Tensor, token_ids: torch.Tensor, rows: list[int], num_top: list[int]
-) -> TokenLogprobs:
+def score_tokens(logits: torch.Tensor, token_ids: torch.Tensor, rows: list[int], num_top: list[int]) -> TokenLogprobs:
     """Log-probabilities under softmax(logits), without temperature. logits: [L, V], any float dtype; token_ids: [L]."""
     logits = logits.float()
     log_sum = logits.logsumexp(dim=-1, keepdim=True)

@@ -97,19 +97,24 @@ def _run_processors(own: torch.Tensor, batch: SamplingBatch, special: Special) -
     for place, number in enumerate(special.numbers):
         row = batch.rows[number]
         for processor in row.params.logits_processors:
-            name = getattr(processor, "__name__", type(processor).__name__)
             try:
                 # Copies of the lists: a processor that changes them must not change the sequence.
                 result = processor(list(row.prompt_token_ids), list(row.output_token_ids), own[place])
+                own[place].copy_(_as_logits(result, own.shape[1]))
             except Exception as error:  # a user's function may raise anything; only its own request shall fail
-                errors[number] = f"logits processor {name} raised {type(error).__name__}: {error}"
+                name = getattr(processor, "__name__", type(processor).__name__)
+                errors[number] = f"logits processor {name} failed: {type(error).__name__}: {error}"
                 break
-            if not isinstance(result, torch.Tensor) or result.shape != own[place].shape or not result.dtype.is_floating_point:
-                got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, torch.Tensor) else type(result).__name__
-                errors[number] = f"logits processor {name} must return a float tensor of {own.shape[1]} logits, got {got}"
-                break
-            own[place].copy_(result)
     return errors
+
+
+def _as_logits(result: object, vocab_size: int) -> torch.Tensor:
+    """What a processor returned, if it is logits."""
+    if not isinstance(result, torch.Tensor):
+        raise TypeError(f"it must return a tensor of {vocab_size} logits, got {type(result).__name__}")
+    if result.shape != (vocab_size,) or not result.dtype.is_floating_point:
+        raise ValueError(f"it must return {vocab_size} float logits, got {result.dtype} {tuple(result.shape)}")
+    return result
 
 
 def _check_processed(
@@ -124,7 +129,7 @@ def _check_processed(
         number = special.numbers[place]
         if number not in failed and not math.isfinite(largest):
             problem = "excluded every token" if largest == -math.inf else "returned NaN or +inf"
-            errors[number] = f"the logits processors {problem}: at least one logit must be finite, the others may be -inf"
+            errors[number] = f"the logits processors {problem}: return finite logits, or -inf for excluded tokens"
         if number in failed or number in errors:
             own[place].zero_()
     return errors

@@ -52,7 +52,7 @@ class TokenCounts:
 
 @dataclass(slots=True, eq=False)  # eq=False: a row is equal to itself only, which makes comparing batches cheap
 class SamplingRow:
-    """One sequence as the sampler sees it, for as long as it lives. The lists are the sequence's own and are only read."""
+    """One sequence as the sampler sees it, for as long as it lives. The lists are the sequence's own, only read here."""
 
     params: ResolvedSampling
     seed: int  # any 64 bits
@@ -98,9 +98,11 @@ class SamplingBatch:
     @classmethod
     def build(cls, rows: Sequence[SamplingRow], vocab_size: int, device: torch.device) -> SamplingBatch:
         """Pack the parameters of `rows`; one copy to the device."""
-        special = sorted((i for i, row in enumerate(rows) if _is_special(row.params)), key=lambda i: _cut(rows[i].params))
+        special = sorted(
+            (i for i, row in enumerate(rows) if _is_special(row.params)), key=lambda i: _cut(rows[i].params)
+        )
         scored = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "temperature": np.array([row.params.temperature for row in rows], np.float32),
             "seeds": np.array([row.seed % 2**64 for row in rows], np.uint64).view(np.int64),
             "scored": np.array(scored, np.int64),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +26,8 @@ ARCHITECTURES: dict[str, type[LlamaForCausalLM]] = {
     "Qwen3ForCausalLM": Qwen3ForCausalLM,
 }
 
+_LOADER_THREADS = 4
+
 
 def build_model(config: ModelConfig, max_len: int, backend: AttentionBackend, build: Build) -> LlamaForCausalLM:
     """An uninitialised model on `build.device`; ValueError names the supported architectures."""
@@ -34,26 +39,33 @@ def build_model(config: ModelConfig, max_len: int, backend: AttentionBackend, bu
 
 
 def load_weights(model: LlamaForCausalLM, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Copy checkpoint tensors (Hugging Face names) into `model`, one at a time.
+    """Copy checkpoint tensors (Hugging Face names) into `model`, a few at a time side by side.
 
+    Dequantising keeps a core busy and each tensor has its own place to go, so a few threads share the work.
     ValueError for a tensor that the model has no place for, one of the wrong shape, or one that is missing.
     """
     modules = dict(model.named_modules())
     missing = expected_tensors(model)
-    for name, tensor in weights:
-        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tie_word_embeddings):
-            continue  # derived data that old checkpoints carry, and the second name of a tied weight
-        owner, _, _ = name.rpartition(".")
-        parent, _, leaf = owner.rpartition(".")
-        packed, part = model.packed_modules.get(leaf, (leaf, 0))
-        module = modules.get(f"{parent}.{packed}" if parent else packed)
-        if name not in missing or module is None:
-            raise ValueError(
-                f"tensor {name} has no place in {model.config.architecture}: "
-                "the weights do not belong to this config.json"
-            )
-        module.load(name, tensor, part)
-        missing.discard(name)
+    with ThreadPoolExecutor(_LOADER_THREADS, thread_name_prefix="nanovllm-load") as pool:
+        running: deque[Future[None]] = deque()
+        for name, tensor in weights:
+            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tie_word_embeddings):
+                continue  # derived data that old checkpoints carry, and the second name of a tied weight
+            owner, _, _ = name.rpartition(".")
+            parent, _, leaf = owner.rpartition(".")
+            packed, part = model.packed_modules.get(leaf, (leaf, 0))
+            module: Any = modules.get(f"{parent}.{packed}" if parent else packed)
+            if name not in missing or module is None:
+                raise ValueError(
+                    f"tensor {name} has no place in {model.config.architecture}: "
+                    "the weights do not belong to this config.json"
+                )
+            missing.discard(name)
+            running.append(pool.submit(module.load, name, tensor, part))
+            if len(running) > 2 * _LOADER_THREADS:
+                running.popleft().result()
+        for future in running:
+            future.result()
     if missing:
         some = ", ".join(sorted(missing)[:3])
         raise ValueError(
