@@ -174,7 +174,7 @@ def assert_best(tokens: torch.Tensor, logits: torch.Tensor, heat: torch.Tensor, 
 
 def test_distribution_is_the_softmax() -> None:
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -2.0, 1.5, -0.5])
-    n, heat = 20000, 0.7
+    n, heat = 4000, 0.7
     tokens = sample(logits.expand(n, 8), torch.full((n,), heat), torch.full((n,), 11), torch.arange(n))
     expected = torch.softmax(logits.double() / heat, dim=-1) * n
     counts = torch.bincount(tokens, minlength=8).double()

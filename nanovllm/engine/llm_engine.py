@@ -68,6 +68,7 @@ class LLMEngine:
         `prompt`: a string, token ids, or a dictionary with "prompt" or "prompt_token_ids". ValueError or TypeError
         with one sentence for anything that could never run.
         """
+        self._check_open()
         params = params if params is not None else SamplingParams()
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be a SamplingParams, got {type(params).__name__}")

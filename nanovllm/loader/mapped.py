@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-_PIECE = 1 << 21  # elements that are in flight at once: 8 MiB of fp32
+_PIECE = 1 << 20  # elements that are in flight at once: 4 MiB of fp32, and as much again several times to dequantise
 
 
 def map_bytes(path: Path, offset: int, size: int) -> torch.Tensor:

@@ -1,0 +1,291 @@
+"""The engine through its public API on a tiny random model: outputs, errors, threads, streams, lifetimes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import save_model
+
+from nanovllm import LLM, AsyncLLM, SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+PROMPTS = [[3 + (7 * i + j) % 200 for j in range(5 + 9 * i)] for i in range(5)]
+SMALL: dict[str, Any] = dict(
+    max_model_len=128, kvcache_block_size=8, num_kvcache_blocks=64, max_num_batched_tokens=64, max_num_seqs=8,
+    show_progress=False,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("llama")
+    save_model("llama", path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def llm(model: str) -> Iterator[LLM]:
+    with LLM(model, **SMALL) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def expected(llm: LLM) -> list[list[int]]:
+    return [llm.generate(prompt, GREEDY, use_tqdm=False)[0]["token_ids"] for prompt in PROMPTS]
+
+
+def ids(outputs: Any) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def used_blocks(llm: LLM) -> int:
+    manager = llm.engine.scheduler.block_manager
+    return manager.num_blocks - manager.num_free_blocks
+
+
+# -- shapes of calls and results -------------------------------------------------------------------------------------
+
+
+def test_batch_equals_one_by_one(llm: LLM, expected: list[list[int]]) -> None:
+    assert ids(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+    assert ids(llm.generate([{"prompt_token_ids": p} for p in PROMPTS], [GREEDY] * 5, use_tqdm=True)) == expected
+
+
+def test_output_fields(llm: LLM, expected: list[list[int]]) -> None:
+    output = llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)[0]
+    assert output["token_ids"] == expected[0] and output["text"] == ""  # no tokenizer, no text
+    assert output.finished and output.outputs[0].finish_reason == "length"
+    assert output.prompt_token_ids == PROMPTS[0]
+    assert output.metrics is not None and output.metrics.first_token_time is not None
+    with pytest.raises(KeyError, match="attributes"):
+        output["tokens"]
+
+
+def test_empty_list_of_prompts(llm: LLM) -> None:
+    assert llm.generate([], GREEDY, use_tqdm=False) == []
+
+
+def test_n_completions_share_the_prompt(llm: LLM) -> None:
+    llm.reset_prefix_cache()
+    params = SamplingParams(temperature=1.0, seed=7, n=4, max_tokens=8, ignore_eos=True)
+    output = llm.generate(PROMPTS[4], params, use_tqdm=False)[0]
+    assert [c.index for c in output.outputs] == [0, 1, 2, 3]
+    assert len({tuple(c.token_ids) for c in output.outputs}) > 1
+    again = llm.generate(PROMPTS[4], params.clone(n=1), use_tqdm=False)[0]
+    assert again["token_ids"] == output["token_ids"]  # completion 0 does not depend on n
+
+
+def test_stop_token_and_min_tokens(llm: LLM, expected: list[list[int]]) -> None:
+    stop = expected[1][3]
+    first = expected[1].index(stop)
+    output = llm.generate(PROMPTS[1], GREEDY.clone(stop_token_ids=[stop]), use_tqdm=False)[0].outputs[0]
+    assert (output.finish_reason, output.stop_reason) == ("stop", stop)
+    assert output.token_ids == expected[1][: first + 1]
+    later = llm.generate(PROMPTS[1], GREEDY.clone(stop_token_ids=[stop], min_tokens=8), use_tqdm=False)[0]
+    assert len(later["token_ids"]) >= 8 and stop not in later["token_ids"][:8]
+
+
+def test_several_eos_ids(model: str, tmp_path: Path, expected: list[list[int]]) -> None:
+    """Greedy is allowed, generation_config.json is read, and every EOS id of its list ends a sequence."""
+    for file in Path(model).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    eos = expected[0][5]
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": [2, {eos}], "temperature": 0.0}}')
+    with LLM(str(tmp_path), **SMALL) as other:
+        output = other.generate(PROMPTS[0], SamplingParams(max_tokens=12), use_tqdm=False)[0]
+    assert output.outputs[0].finish_reason == "stop"
+    assert output["token_ids"] == expected[0][: expected[0].index(eos) + 1]
+
+
+def test_seeds_do_not_depend_on_the_batch(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.9, top_p=0.9, top_k=50, seed=11, max_tokens=10, ignore_eos=True)
+    alone = ids(llm.generate(PROMPTS[2], params, use_tqdm=False))[0]
+    others = SamplingParams(temperature=1.3, max_tokens=10, ignore_eos=True)
+    mixed = llm.generate(PROMPTS, [others, others, params, others, others], use_tqdm=False)
+    assert ids(mixed)[2] == alone
+    assert ids(llm.generate(PROMPTS[2], params.clone(seed=12), use_tqdm=False))[0] != alone
+
+
+def test_logprobs(llm: LLM, expected: list[list[int]]) -> None:
+    output = llm.generate(PROMPTS[0], GREEDY.clone(logprobs=2), use_tqdm=False)[0].outputs[0]
+    assert output.logprobs is not None and len(output.logprobs) == len(output.token_ids)
+    for token, entry in zip(output.token_ids, output.logprobs, strict=True):
+        assert entry[token].rank == 1 and len(entry) == 2
+        assert entry[token].logprob == max(x.logprob for x in entry.values())
+    total = sum(entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True))
+    assert output.cumulative_logprob == pytest.approx(total)
+
+
+# -- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "error", "words"),
+    [
+        ([], GREEDY, ValueError, "empty"),
+        ([3] * 128, GREEDY, ValueError, "max_model_len is 128"),
+        ([3, 211], GREEDY, ValueError, "211 is outside the vocabulary"),
+        ([3, -1], GREEDY, ValueError, "-1 is outside the vocabulary"),
+        ([3, 1.5], GREEDY, TypeError, "1.5 is not an integer"),
+        ("text", GREEDY, ValueError, "no tokenizer"),
+        ({"promt": "x"}, GREEDY, ValueError, "prompt_token_ids"),
+        ([3], GREEDY.clone(stop="x"), ValueError, "stop strings need a tokenizer"),
+        ([3], GREEDY.clone(logit_bias={500: 1.0}), ValueError, "logit_bias names token 500"),
+        ([3], {"temperature": 0}, TypeError, "SamplingParams"),
+    ],
+)  # fmt: skip
+def test_bad_requests_are_refused(llm: LLM, prompt: Any, params: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words) as caught:
+        llm.generate([PROMPTS[0], prompt], [GREEDY, params], use_tqdm=False)
+    assert str(caught.value).startswith("prompt 1: ") and "\n" not in str(caught.value)
+    assert not llm.engine.has_unfinished
+
+
+def test_prompt_larger_than_the_cache(model: str) -> None:
+    with LLM(model, **{**SMALL, "num_kvcache_blocks": 4}) as small:
+        with pytest.raises(ValueError, match="whole KV cache holds 32"):
+            small.generate([[3] * 40], GREEDY, use_tqdm=False)
+        output = small.generate([[3] * 25], GREEDY.clone(max_tokens=50), use_tqdm=False)[0]
+    assert output.outputs[0].finish_reason == "length" and len(output["token_ids"]) == 8
+
+
+def test_unknown_keywords_name_the_nearest(model: str) -> None:
+    with pytest.raises(TypeError, match="did you mean 'max_model_len'"):
+        LLM(model, max_model_length=5)
+    with pytest.raises(TypeError, match="did you mean 'temperature'"):
+        SamplingParams(temprature=1.0)  # type: ignore[call-arg]
+
+
+def test_number_of_params_must_match(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="5 prompts but 2 sampling_params"):
+        llm.generate(PROMPTS, [GREEDY] * 2, use_tqdm=False)
+
+
+def test_a_processor_that_raises_fails_alone(llm: LLM, expected: list[list[int]]) -> None:
+    def broken(prompt: list[int], output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        if len(output) == 3:
+            raise RuntimeError("no more")
+        return logits
+
+    params = [GREEDY, GREEDY.clone(logits_processors=[broken]), GREEDY, GREEDY, GREEDY]
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    assert outputs[1].outputs[0].finish_reason == "error" and "no more" in (outputs[1].error or "")
+    assert outputs[1]["token_ids"] == expected[1][:3]
+    assert [ids(outputs)[i] for i in (0, 2, 3, 4)] == [expected[i] for i in (0, 2, 3, 4)]
+    assert used_blocks(llm) == 0
+
+
+def test_a_failing_step_ends_its_requests_only(
+    llm: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception in a step leaks no blocks (nano-vLLM's does) and leaves the engine serving."""
+    original = llm.engine.runner.execute
+    calls = iter(range(100))
+
+    def failing(batch: Any) -> Any:
+        if next(calls) == 2:
+            raise RuntimeError("device on fire")
+        return original(batch)
+
+    monkeypatch.setattr(llm.engine.runner, "execute", failing)
+    outputs = llm.generate(PROMPTS[:3], GREEDY, use_tqdm=False)
+    assert all(output.error == "the step failed: device on fire" for output in outputs)
+    monkeypatch.undo()
+    assert used_blocks(llm) == 0
+    assert ids(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+
+
+# -- streams, threads, several engines -------------------------------------------------------------------------------
+
+
+def test_stream(llm: LLM, expected: list[list[int]]) -> None:
+    seen = list(llm.stream(PROMPTS[3], GREEDY))
+    assert [output["token_ids"] for output in seen] == [expected[3][: i + 1] for i in range(12)]
+    assert [output.finished for output in seen] == [False] * 11 + [True]
+
+
+def test_leaving_a_stream_aborts(llm: LLM) -> None:
+    for output in llm.stream(PROMPTS[3], GREEDY):
+        if len(output["token_ids"]) == 3:
+            break
+    assert not llm.engine.has_unfinished and used_blocks(llm) == 0
+
+
+def test_threads_share_one_engine(llm: LLM, expected: list[list[int]]) -> None:
+    results: dict[int, list[list[int]]] = {}
+
+    def work(k: int) -> None:
+        results[k] = ids(llm.generate(PROMPTS[k:] + PROMPTS[:k], GREEDY, use_tqdm=False))
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert results == {k: expected[k:] + expected[:k] for k in range(4)}
+
+
+def test_two_engines_in_one_process(model: str, llm: LLM, expected: list[list[int]]) -> None:
+    """No port, no process group, no shared-memory name at world size 1, so nothing collides."""
+    before = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()
+    with LLM(model, **SMALL) as second:
+        assert not torch.distributed.is_initialized()
+        assert ids(second.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+        assert ids(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+        if before:
+            links = [
+                os.readlink(f"/proc/self/fd/{fd}")
+                for fd in set(os.listdir("/proc/self/fd")) - before
+                if os.path.exists(f"/proc/self/fd/{fd}")
+            ]
+            assert not [link for link in links if "socket" in link or "/dev/shm" in link]
+
+
+def test_closed_engine_says_so(model: str) -> None:
+    llm = LLM(model, **SMALL)
+    llm.close()
+    llm.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
+
+
+def test_async(model: str, expected: list[list[int]]) -> None:
+    async def one(llm: AsyncLLM, prompt: list[int]) -> list[int]:
+        output = None
+        async for output in llm.generate(prompt, GREEDY):
+            pass
+        assert output is not None and output.finished
+        return output["token_ids"]
+
+    async def main() -> None:
+        async with AsyncLLM(model, **SMALL) as llm:
+            assert await asyncio.gather(*(one(llm, prompt) for prompt in PROMPTS)) == expected
+            with pytest.raises(ValueError, match="empty"):
+                async for _ in llm.generate([], GREEDY):
+                    pass
+            async for output in llm.generate(PROMPTS[0], GREEDY.clone(max_tokens=100), request_id="mine"):
+                if len(output["token_ids"]) == 2:
+                    await llm.abort("mine")
+                if output.finished:
+                    assert output.outputs[0].finish_reason == "abort"
+            assert await one(llm, PROMPTS[1]) == expected[1]
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_inputs_travel_in_one_copy_and_buffers_stay(llm: LLM) -> None:
+    """One host-to-device copy a step, into buffers that live as long as the engine (nano-vllm#175, #176)."""
+    llm.reset_prefix_cache()
+    inputs = llm.engine.runner.inputs
+    views = [inputs.decode_view(4).input_ids.data_ptr(), inputs.decode_view(4).attention.block_table.data_ptr()]
+    start = inputs.decode.num_copies, inputs.mixed.num_copies
+    llm.generate(PROMPTS[:4], GREEDY, use_tqdm=False)
+    assert (inputs.decode.num_copies - start[0], inputs.mixed.num_copies - start[1]) == (11, 2)
+    assert views == [inputs.decode_view(4).input_ids.data_ptr(), inputs.decode_view(4).attention.block_table.data_ptr()]
