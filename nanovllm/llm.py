@@ -90,9 +90,9 @@ class LLM:
         """The model's tokenizer (`nanovllm.loader.tokenizer.Tokenizer`)."""
         return self.engine.require_tokenizer()
 
-    def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes."""
-        self.engine.reset_prefix_cache()
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; False, and nothing is forgotten, while requests hold blocks."""
+        return self.engine.reset_prefix_cache()
 
     def close(self) -> None:
         """Free the model, the KV cache and the graphs. Safe to call twice; later calls to the engine raise."""

@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "outputs": {"utils"},
     "sampling_params": {"config", "utils"},
     "kernels": {"kernels", "utils"},
-    "layers": {"layers", "kernels", "config", "utils"},
+    "layers": {"layers", "kernels", "config", "sampling_params", "utils"},
     "models": {"models", "layers", "kernels", "config", "utils"},
     "fusion": {"fusion", "layers", "kernels", "config", "utils"},
     "loader": {"loader", "config", "utils"},

@@ -258,11 +258,9 @@ def test_closed_engine_says_so(model: str) -> None:
 
 def test_async(model: str, expected: list[list[int]]) -> None:
     async def one(llm: AsyncLLM, prompt: list[int]) -> list[int]:
-        output = None
-        async for output in llm.generate(prompt, GREEDY):
-            pass
-        assert output is not None and output.finished
-        return output["token_ids"]
+        outputs = [output async for output in llm.generate(prompt, GREEDY)]
+        assert [output.finished for output in outputs[-2:]] == [False, True]
+        return outputs[-1]["token_ids"]
 
     async def main() -> None:
         async with AsyncLLM(model, **SMALL) as llm:

@@ -39,7 +39,7 @@ def test_text_of_a_byte_level_tokenizer(text: str, skip: bool) -> None:
     ids = SMOLLM2.encode(text)
     pieces = stream(SMOLLM2, ids, skip)
     assert "".join(pieces) == SMOLLM2.decode(ids, skip_special_tokens=skip)
-    if "\ufffd" not in text:
+    if "\ufffd" not in SMOLLM2.decode(ids):  # a few rare bytes are missing from the vocabulary
         assert not any("\ufffd" in piece for piece in pieces)
 
 

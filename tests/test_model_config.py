@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from loader_files import write_gguf
-from tiny_models import CASES, make_model
+from tiny_models import CASES, make_model, save_model
 from transformers import AutoConfig
 
 from nanovllm.config import ModelConfig
@@ -174,8 +174,7 @@ def test_generation_config_adds_eos_ids_and_defaults(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", ["llama", "llama_tied", "llama_bias", "llama_mha_odd", "qwen2", "qwen3", "qwen3_tied"])
 def test_gguf_equals_config_json(case: str, tmp_path: Path) -> None:
-    model = make_model(case)
-    model.config.save_pretrained(tmp_path)
+    model = save_model(case, tmp_path)
     path = write_gguf(tmp_path / "model.gguf", model, tokenizer__ggml__eos_token_id=2, tokenizer__ggml__bos_token_id=1)
     expected = load_model_config(resolve_model(str(tmp_path)))
     found = load_model_config(resolve_model(str(path)))

@@ -281,10 +281,10 @@ class LLMEngine:
             for entry in entries
         ]
 
-    def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes."""
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; False, and nothing is forgotten, while requests hold blocks."""
         with self._lock:
-            self.scheduler.block_manager.reset_prefix_cache()
+            return self.scheduler.block_manager.reset_prefix_cache()
 
     def close(self) -> None:
         """End what runs with "abort" and free the device memory. Safe to call twice."""

@@ -52,7 +52,7 @@ class TokenCounts:
 
 @dataclass(slots=True, eq=False)  # eq=False: a row is equal to itself only, which makes comparing batches cheap
 class SamplingRow:
-    """One sequence as the sampler sees it, for as long as it lives. The lists are the sequence's own, only read here."""
+    """One sequence as the sampler sees it, for as long as it lives. The lists are the sequence's own."""
 
     params: ResolvedSampling
     seed: int  # any 64 bits

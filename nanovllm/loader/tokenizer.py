@@ -217,5 +217,3 @@ def _from_transformers(directory: Path) -> Backend | PythonBackend:
         ) from error
     tokenizer = AutoTokenizer.from_pretrained(directory)
     return getattr(tokenizer, "backend_tokenizer", None) or PythonBackend(tokenizer)
-
-
