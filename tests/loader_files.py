@@ -15,7 +15,8 @@ _ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2
 
 def permute(weights: torch.Tensor, heads: int) -> torch.Tensor:
     """What llama.cpp's converter does to q and k of Llama: halves of a head interleaved."""
-    return weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:]).swapaxes(1, 2).reshape(weights.shape)
+    halves = weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weights.shape)
 
 
 def write_gguf(path: Path, model: PreTrainedModel, matrix_type: str = "F32", **metadata: Any) -> Path:
@@ -67,7 +68,9 @@ def finish(writer: gguf.GGUFWriter, **metadata: Any) -> Path:
     return Path(writer.path)
 
 
-def random_blocks(rng: np.random.Generator, rows: int, row_bytes: int, block_bytes: int, scale_at: list[int]) -> np.ndarray:
+def random_blocks(
+    rng: np.random.Generator, rows: int, row_bytes: int, block_bytes: int, scale_at: list[int]
+) -> np.ndarray:
     """Bytes [rows, row_bytes] of a block format, random but for the fp16 scales at `scale_at` of each block."""
     blocks = rng.integers(0, 256, (rows * row_bytes // block_bytes, block_bytes), dtype=np.uint8)
     for offset in scale_at:

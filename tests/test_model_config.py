@@ -98,9 +98,11 @@ def test_equals_hugging_face(name: str, tmp_path: Path) -> None:
     window = getattr(theirs, "sliding_window", None)
     expected = [window if kind == "sliding_attention" else None for kind in types]
     assert [ours.window(layer) for layer in range(ours.num_layers)] == expected
+    theirs.standardize_rope_params()  # as their rotary embedding does before it computes
     rope = theirs.rope_parameters
     assert ours.rope.rope_type == rope["rope_type"] and ours.rope.theta == rope["rope_theta"]
-    for key in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale"):
+    numbers = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale")
+    for key in numbers:
         assert rope.get(key) is None or getattr(ours.rope, key) == rope[key], key
     assert ours.rope.mscale_all_dim == rope.get("mscale_all_dim")
     assert ours.rope.original_max_position == rope.get("original_max_position_embeddings")
@@ -213,7 +215,7 @@ def test_gguf_refusals(tmp_path: Path) -> None:
         path = write_gguf(tmp_path / "m.gguf", model, **{key: value})
         with pytest.raises(ValueError, match=message):
             load_model_config(resolve_model(str(path)))
-    patched = path.read_bytes().replace(b"\x05\x00\x00\x00\x00\x00\x00\x00llama", b"\x05\x00\x00\x00\x00\x00\x00\x00gemma")
-    path.write_bytes(patched)
-    with pytest.raises(ValueError, match="GGUF architecture 'gemma' is not supported; supported are llama, qwen2, qwen3"):
+    length = (5).to_bytes(8, "little")
+    path.write_bytes(path.read_bytes().replace(length + b"llama", length + b"gemma"))
+    with pytest.raises(ValueError, match="GGUF architecture 'gemma' is not supported; supported are llama, qwen2"):
         load_model_config(resolve_model(str(path)))

@@ -71,6 +71,7 @@ def interpreting() -> bool:
 
 @functools.cache
 def triton_installed() -> bool:
+    """Whether the package is there; does not import it."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -102,7 +103,7 @@ def gpu_of(device: torch.device) -> Gpu:
     """What launch policies know of a device; for the interpreter a tiny GPU, so that split-KV paths are exercised."""
     if device.type != "cuda":
         return Gpu(num_sms=4, shared_memory=99 * 1024)
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks a field
     return Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 

