@@ -1,4 +1,4 @@
-"""Baseline measurements of the engine end to end: decode latency, prefill latency, nano-vLLM's workload, CPU against HF.
+"""The engine end to end: decode and prefill latency, nano-vLLM's workload, and the CPU against Hugging Face.
 
     python benchmarks/bench_baseline.py decode   --model Qwen3-0.6B --batch 1 4 16
     python benchmarks/bench_baseline.py prefill  --model Qwen3-0.6B --prompt 128 1024
@@ -47,7 +47,7 @@ def main() -> None:
         records += measure_engine(args)
     for r in records:
         print(
-            f"{r.engine:12} {r.model:14} {r.test:10} batch {r.batch:>4} prompt {r.prompt:>9} {r.metric:>22} {r.value:10.4g}"
+            f"{r.engine:12} {r.model:14} {r.test:9} batch {r.batch:>4} prompt {r.prompt:>9} {r.metric:>20} {r.value:10.4g}"
         )
     write(records, args.csv)
 

@@ -48,6 +48,9 @@ class LLMEngine:
         self.runner = ModelRunner(config)
         self.tokenizer: Tokenizer | None = self._load_tokenizer()
         self.model_config = self.runner.model_config
+        # Chat models name their end-of-turn token in the tokenizer, the model's config, or both.
+        eos = {*self.model_config.eos_token_ids, self.tokenizer.eos_token_id if self.tokenizer else None}
+        self.eos_token_ids = frozenset(token_id for token_id in eos if token_id is not None)
         self.max_model_len = self.runner.max_model_len
         blocks = BlockManager(self.runner.num_blocks, config.kvcache_block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(config.max_num_seqs, config.max_num_batched_tokens, self.max_model_len, blocks)
@@ -239,7 +242,6 @@ class LLMEngine:
     def _make_completion(
         self, request_id: str, token_ids: list[int], params: SamplingParams, index: int, seed: int, streaming: bool
     ) -> Completion:
-        eos = self.model_config.eos_token_ids
         scored = params.prompt_logprobs if index == 0 else None
         seq = EngineSequence(
             next(self._seq_ids),
@@ -247,7 +249,7 @@ class LLMEngine:
             token_ids,
             max_tokens=self.max_model_len if params.max_tokens is None else params.max_tokens,
             min_tokens=params.min_tokens,
-            eos_token_ids=frozenset(eos),
+            eos_token_ids=self.eos_token_ids,
             stop_token_ids=frozenset(params.stop_token_ids or ()),
             ignore_eos=params.ignore_eos,
             cache_salt=self.runner.cache_salt(len(token_ids)),
@@ -255,7 +257,7 @@ class LLMEngine:
             num_prompt_logprobs=scored,
             index=index,
         )
-        resolved = params.resolve(self.runner.sampling_defaults, eos)
+        resolved = params.resolve(self.runner.sampling_defaults, self.eos_token_ids)
         seq.sampling = SamplingRow(resolved, child_seed(seed, index), seq.prompt_token_ids, seq.output_token_ids)
         completion = Completion(
             seq,

@@ -1,0 +1,142 @@
+"""The engine on a CUDA device: bf16 logits judged against fp64, fp32 against Hugging Face, graphs against eager.
+
+bf16 tokens may differ between two correct programs, so bf16 is judged by its logits: our error against an fp64 model
+may be at most twice the error that Hugging Face's own bf16 model makes on the same tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_model_parity import teacher_forced
+from tiny_models import CASES, reference_logits, save_model
+
+from nanovllm import LLM, SamplingParams
+
+pytestmark = pytest.mark.gpu
+ENGINE: dict[str, Any] = dict(
+    kvcache_block_size=32, num_kvcache_blocks=128, max_num_batched_tokens=48, max_num_seqs=8, show_progress=False
+)
+LENGTHS, PROMPT_LENS = [40, 47, 60, 120, 250], [1, 30, 44, 90, 200]
+
+
+def sequences(lengths: list[int], vocab: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in lengths]
+
+
+def errors(rows: list[torch.Tensor], truth: list[torch.Tensor]) -> tuple[float, float]:
+    """Largest and root-mean-square difference over all rows of logits."""
+    difference = torch.cat([ours.double().cpu() - theirs.cpu() for ours, theirs in zip(rows, truth, strict=True)])
+    return difference.abs().max().item(), difference.pow(2).mean().sqrt().item()
+
+
+def judge(model: Any, tokens: list[list[int]], prompt_lens: list[int], ours: list[torch.Tensor], dtype: Any) -> None:
+    """`ours` against `model` (any dtype, weights representable in `dtype`) computed in fp64 and in `dtype`."""
+    low = copy.deepcopy(model).to("cuda", dtype)
+    high = copy.deepcopy(low).double()
+    with torch.device("cuda"):
+        truth = [reference_logits(high, seq)[n - 1 :] for seq, n in zip(tokens, prompt_lens, strict=True)]
+        theirs = [reference_logits(low, seq)[n - 1 :] for seq, n in zip(tokens, prompt_lens, strict=True)]
+    our_max, our_rms = errors(ours, truth)
+    their_max, their_rms = errors(theirs, truth)
+    print(f"max {our_max:.3e} (PyTorch {their_max:.3e}), rms {our_rms:.3e} (PyTorch {their_rms:.3e})")
+    assert our_max <= 2 * their_max and our_rms <= 2 * their_rms
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "llama_dynamic"])
+def test_half_precision_error_budget(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = save_model(case, tmp_path)
+    tokens = sequences(LENGTHS, 211)
+    with LLM(str(tmp_path), dtype=str(dtype).removeprefix("torch."), max_model_len=256, **ENGINE) as llm:
+        ours = teacher_forced(llm, tokens, PROMPT_LENS)
+    judge(model, tokens, PROMPT_LENS, ours, dtype)
+
+
+@pytest.mark.parametrize("case", ["llama_llama3", "mistral", "qwen2", "qwen3", "llama_dynamic"])
+def test_fp32_equals_hugging_face(case: str, tmp_path: Path) -> None:
+    """Same arithmetic in fp32 up to the order of sums: IEEE, no TF32. The dynamic case stays in its trained context."""
+    model = save_model(case, tmp_path).cuda()
+    lengths, prompt_lens = ([40, 47, 48], [1, 30, 44]) if case == "llama_dynamic" else (LENGTHS, PROMPT_LENS)
+    tokens = sequences(lengths, 211)
+    with LLM(str(tmp_path), dtype="float32", max_model_len=192 if case == "llama_dynamic" else 256, **ENGINE) as llm:
+        ours = teacher_forced(llm, tokens, prompt_lens)
+    with torch.device("cuda"):
+        theirs = [reference_logits(model, seq)[n - 1 :].cpu() for seq, n in zip(tokens, prompt_lens, strict=True)]
+    assert errors(ours, theirs)[0] < 1e-5
+
+
+def test_graphs_equal_eager(tmp_path: Path) -> None:
+    """The same kernels run on the same shapes at the recorded sizes, so logits are equal bit for bit."""
+    save_model("qwen3", tmp_path)
+    prompts = sequences([5, 60, 33, 90, 17, 8, 44], 211)
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=5)
+    results = []
+    for eager in (True, False):
+        with LLM(str(tmp_path), dtype="bfloat16", max_model_len=256, enforce_eager=eager, **ENGINE) as llm:
+            assert (llm.engine.runner.graphs is None) == eager
+            results.append([o.outputs[0] for o in llm.generate(prompts, params, use_tqdm=False)])
+    for eager_output, graph_output in zip(*results, strict=True):
+        assert graph_output.token_ids == eager_output.token_ids
+        assert graph_output.logprobs == eager_output.logprobs
+
+
+def test_preemption_and_prefix_cache_on_the_gpu(tmp_path: Path) -> None:
+    """fp32 greedy tokens are the same alone, batched, with a warm prefix cache and with a cache that is too small."""
+    save_model("llama", tmp_path)
+    prompts = sequences([70, 100, 33, 90, 64, 96], 211)
+    params = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
+    base = dict(dtype="float32", max_model_len=256)
+    with LLM(str(tmp_path), **{**ENGINE, **base}) as llm:
+        alone = [llm.generate(prompt, params, use_tqdm=False)[0]["token_ids"] for prompt in prompts]
+        batched = llm.generate(prompts, params, use_tqdm=False)
+    with LLM(str(tmp_path), **{**ENGINE, **base, "num_kvcache_blocks": 10}) as llm:
+        crowded = llm.generate(prompts, params, use_tqdm=False)
+    assert [o["token_ids"] for o in batched] == alone == [o["token_ids"] for o in crowded]
+    assert sum(o.metrics.num_preemptions for o in crowded if o.metrics) > 0
+    assert any(o.metrics.num_cached_tokens > 0 for o in batched if o.metrics)
+
+
+def test_memory_budget_counts_this_process_only(tmp_path: Path) -> None:
+    """Two engines in one process, each with an absolute cache; closing gives the memory back."""
+    save_model("llama", tmp_path)
+    options: dict[str, Any] = dict(max_model_len=256, max_num_seqs=8, show_progress=False)
+    before = torch.cuda.memory_allocated()
+    with (
+        LLM(str(tmp_path), kv_cache_memory_bytes=64 << 20, **options) as first,
+        LLM(str(tmp_path), gpu_memory_utilization=0.05, **options) as second,
+    ):
+        assert first.engine.runner.num_blocks <= (64 << 20) // (2 * 3 * 2 * 32 * 16 * 2)
+        assert second.engine.runner.num_blocks > 0
+        assert not torch.distributed.is_initialized()
+        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        outputs = [engine.generate([[5, 6, 7]], params, use_tqdm=False)[0]["token_ids"] for engine in (first, second)]
+    assert outputs[0] == outputs[1]
+    assert torch.cuda.memory_allocated() - before < 32 << 20
+
+
+def test_smollm2_bf16_error_budget() -> None:
+    """The real SmolLM2 on real text."""
+    from transformers import AutoModelForCausalLM
+
+    from nanovllm.loader.resolve import resolve_model
+
+    try:
+        gguf = resolve_model("smollm2").path
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    cases = json.loads(Path(__file__).with_name("data").joinpath("smollm2_greedy.json").read_text())["cases"]
+    tokens = [case["prompt_token_ids"] + case["token_ids"][:-1] for case in cases]
+    prompt_lens = [len(case["prompt_token_ids"]) for case in cases]
+    with LLM(
+        str(gguf), dtype="bfloat16", max_model_len=1024, kv_cache_memory_bytes=1 << 30, show_progress=False
+    ) as llm:
+        ours = teacher_forced(llm, tokens, prompt_lens)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    judge(model, tokens, prompt_lens, ours, torch.bfloat16)
