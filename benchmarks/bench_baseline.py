@@ -47,7 +47,7 @@ def main() -> None:
         records += measure_engine(args)
     for r in records:
         print(
-            f"{r.engine:12} {r.model:14} {r.test:9} batch {r.batch:>4} prompt {r.prompt:>9} {r.metric:>20} {r.value:10.4g}"
+            f"{r.engine:12} {r.model:14} {r.test:9} batch {r.batch:>3} prompt {r.prompt:>8} {r.metric:>19} {r.value:10.4g}"
         )
     write(records, args.csv)
 

@@ -31,6 +31,7 @@ class InputBuilder:
         self.decode = Staging(rows * 32 + table_bytes + 256, device)
         shapes = [((rows,), _I64)] * 3 + [((rows,), _I32), ((rows, self.max_blocks), _I32)]
         self._ids, self._positions, self._slots, self._context_lens, self._table = self.decode.reserve(shapes)
+        self._slots.device.fill_(-1)  # until a step says otherwise, nothing is stored
         self._query_start = torch.arange(rows + 1, dtype=torch.int32, device=device)
         # Which sequence's blocks each row of the decode table holds, and how many of them.
         self._row_owner: list[tuple[int, int] | None] = [None] * rows

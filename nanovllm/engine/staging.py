@@ -18,8 +18,9 @@ class Staging:
     def __init__(self, capacity: int, device: torch.device) -> None:
         self.device = device
         on_gpu = device.type == "cuda"
-        self._host = torch.empty(capacity, dtype=torch.uint8, pin_memory=on_gpu)
-        self._device = torch.empty(capacity, dtype=torch.uint8, device=device) if on_gpu else self._host
+        # Zeroed: graphs are recorded over these buffers before any step has filled them, and lengths of 0 are harmless.
+        self._host = torch.zeros(capacity, dtype=torch.uint8, pin_memory=on_gpu)
+        self._device = torch.zeros(capacity, dtype=torch.uint8, device=device) if on_gpu else self._host
         self.num_copies = 0
 
     def reserve(self, shapes: list[tuple[tuple[int, ...], np.dtype]]) -> list[Section]:

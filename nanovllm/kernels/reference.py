@@ -31,6 +31,26 @@ def silu_mul(x: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
+def rms_norm_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """act(linear(rms_norm(x), weight, bias)) + residual. x: [..., K], weight: [N, K], for "swiglu" [2N, K].
+
+    The operators of an unfused model, each rounding to x's dtype. norm_weight None: ones. residual: [..., N].
+    """
+    normed = F.rms_norm(x, x.shape[-1:], eps=eps) if norm_weight is None else rms_norm(x, norm_weight, eps)
+    y = F.linear(normed, weight, bias)
+    if activation == "swiglu":
+        y = silu_mul(y)
+    return y if residual is None else y + residual
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Half-split rotation in float32, rounded once. x: [T, H, D]; cos, sin: [T, 1, D / 2] float32."""
     low, high = x.float().chunk(2, dim=-1)

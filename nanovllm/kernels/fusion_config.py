@@ -1,0 +1,223 @@
+"""Launch policy of `rms_norm_linear`: which variant, in which shape. Data and pure functions; no torch, no triton.
+
+`choose` asks the measured table of the device first and the heuristic behind it otherwise. A table lives in
+`tuned/rms_norm_linear/<device>.json`; each of its rows names one measured problem, the fastest configuration found and
+both times. Where the fused kernels lost, the row says "unfused", so that on a tuned device the operator is never
+slower than its parts.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanovllm.kernels.launch_config import Gpu, cdiv, next_power_of_2
+
+TABLES = Path(__file__).resolve().parent / "tuned" / "rms_norm_linear"
+ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # dtypes the kernels compute in
+MAX_GEMV_ROWS = 8
+MAX_FUSED_ROWS = 64  # more rows: the GEMM is no longer bound by its weight's bytes
+_THREAD_BYTES = 512  # a thread's share of a GEMV's weight tile: half of its registers
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """[M, K] x [N, K] -> [M, N]; `n` counts outputs, so with SwiGLU the weight has 2 N rows."""
+
+    m: int
+    n: int
+    k: int
+    dtype: str = "bfloat16"
+    swiglu: bool = False
+
+    @property
+    def weight_rows(self) -> int:
+        """Rows of the weight, packed ones counted twice."""
+        return 2 * self.n if self.swiglu else self.n
+
+    @property
+    def element_size(self) -> int:
+        """Bytes an element."""
+        return ELEMENT_SIZES[self.dtype]
+
+    def bytes_moved(self, *, fused: bool = True) -> int:
+        """Global memory traffic: weight, x and y once; unfused, the normalised x and the packed product as well.
+
+        Bias, residual and gamma are left out: both forms read them once.
+        """
+        elements = self.weight_rows * self.k + self.m * (self.k + self.n)
+        if not fused:
+            elements += 2 * self.m * self.k + (2 * self.m * self.weight_rows if self.swiglu else 0)
+        return elements * self.element_size
+
+
+@dataclass(frozen=True, slots=True)
+class FusionConfig:
+    """One way to run the operator. As text: "unfused", "gemv/16/1024/4" or "tile/16/64/128/4/5", and "/pdl".
+
+    gemv: a program holds `block_n` weight rows of all K columns in registers, in chunks of `block_k`.
+    tile: products of [block_n, block_k] by [block_k, block_m], `num_stages` of them in flight.
+    `block_n` counts weight rows: with SwiGLU a program writes half as many outputs.
+    `launch_pdl`: programmatic dependent launch; the kernel waits for its predecessor after asking for weights.
+    """
+
+    variant: str
+    block_m: int = 0
+    block_n: int = 0
+    block_k: int = 0
+    num_warps: int = 4
+    num_stages: int = 1
+    launch_pdl: bool = False
+
+    def __str__(self) -> str:
+        numbers: tuple[int, ...] = ()
+        if self.variant == "gemv":
+            numbers = (self.block_n, self.block_k, self.num_warps)
+        elif self.variant == "tile":
+            numbers = (self.block_m, self.block_n, self.block_k, self.num_warps, self.num_stages)
+        return "/".join([self.variant, *map(str, numbers), *(["pdl"] if self.launch_pdl else [])])
+
+    @classmethod
+    def parse(cls, text: str) -> FusionConfig:
+        """The inverse of `str`; ValueError for text that is none."""
+        match = re.fullmatch(r"unfused|gemv(?:/\d+){3}(?:/pdl)?|tile(?:/\d+){5}(?:/pdl)?", text)
+        if match is None:
+            raise ValueError(f'no fusion config: {text!r}; use "unfused", "gemv/16/1024/4" or "tile/16/64/128/4/5"')
+        variant, *parts = text.split("/")
+        numbers = [int(part) for part in parts if part != "pdl"]
+        if variant == "unfused":
+            return UNFUSED
+        if variant == "gemv":
+            block_n, block_k, num_warps = numbers
+            return cls("gemv", 0, block_n, block_k, num_warps, launch_pdl=parts[-1] == "pdl")
+        return cls("tile", *numbers, launch_pdl=parts[-1] == "pdl")
+
+    def faults(self, problem: Problem, gpu: Gpu) -> list[str]:
+        """Why this configuration cannot run `problem` on `gpu`; [] when it can."""
+        if self.variant == "unfused":
+            return []
+        blocks = {"block_n": self.block_n, "block_k": self.block_k, "num_warps": self.num_warps}
+        if self.variant == "tile":
+            blocks["block_m"] = self.block_m
+        found = [f"{name}={v} is no power of two" for name, v in blocks.items() if v < 1 or v & (v - 1)]
+        if self.num_warps > 32:
+            found.append(f"num_warps={self.num_warps} is more than 32")
+        if found:
+            return found
+        if problem.swiglu and self.block_n < 2:
+            found.append("swiglu needs block_n >= 2: a gate row and its up row")
+        if self.variant == "gemv":
+            held = self.block_n * cdiv(problem.k, self.block_k) * self.block_k * problem.element_size
+            if problem.m > MAX_GEMV_ROWS:
+                found.append(f"a GEMV takes at most {MAX_GEMV_ROWS} rows, x has {problem.m}")
+            if held > _THREAD_BYTES * 32 * self.num_warps:
+                found.append(f"a weight tile of {held} bytes does not fit into the registers of {self.num_warps} warps")
+            return found
+        smallest = {"block_m": 8, "block_n": 16, "block_k": 16, "num_stages": 1}
+        found += [f"{name} must be at least {low}" for name, low in smallest.items() if getattr(self, name) < low]
+        buffers = self.num_stages * (self.block_n + self.block_m) * self.block_k * problem.element_size
+        if buffers > gpu.shared_memory:
+            found.append(f"{buffers} bytes of tiles exceed the {gpu.shared_memory} of shared memory")
+        return found
+
+
+UNFUSED = FusionConfig("unfused")
+
+
+def heuristic(problem: Problem, gpu: Gpu) -> FusionConfig:
+    """A configuration for any problem, on GPUs and for shapes that nobody measured."""
+    if problem.m > MAX_FUSED_ROWS:
+        return UNFUSED
+    return _gemv(problem, gpu) if problem.m <= 4 else _tile(problem, gpu)
+
+
+def _gemv(problem: Problem, gpu: Gpu) -> FusionConfig:
+    """About 32 KB of weight a program, less where that would leave SMs without one."""
+    lanes = 512 // problem.element_size  # columns a warp reads with one 16-byte load a thread
+    num_warps = max(1, min(8, next_power_of_2(problem.k) // lanes))
+    block_k = num_warps * lanes
+    width = cdiv(problem.k, block_k) * block_k * problem.element_size
+    smallest = 2 if problem.swiglu else 1
+    block_n = max(smallest, min(16, 1 << max(0, (32768 // width).bit_length() - 1)))
+    while block_n > max(4, smallest) and cdiv(problem.weight_rows, block_n) < 2 * gpu.num_sms:
+        block_n //= 2
+    while width * block_n > _THREAD_BYTES * 32 * num_warps:  # very wide rows
+        num_warps *= 2
+    return FusionConfig("gemv", 0, block_n, block_k, num_warps)
+
+
+def _tile(problem: Problem, gpu: Gpu) -> FusionConfig:
+    """Enough programs for every SM before wide tiles; as many stages as shared memory takes, up to 5."""
+    block_m = max(8, next_power_of_2(problem.m))
+    if problem.element_size == 4:
+        return FusionConfig("tile", min(block_m, 32), 32, 32, num_warps=4, num_stages=2)
+    block_n = 64 if cdiv(problem.weight_rows, 64) >= gpu.num_sms else 32
+    block_k = 128
+    stage = (block_n + block_m) * block_k * problem.element_size
+    num_stages = max(2, min(5, gpu.shared_memory // stage))
+    return FusionConfig("tile", block_m, block_n, block_k, num_warps=4, num_stages=num_stages)
+
+
+@dataclass(frozen=True, slots=True)
+class TunedRow:
+    """One measurement: the fastest configuration of a problem, its time and that of norm + linear (µs)."""
+
+    problem: Problem
+    config: FusionConfig
+    fused_us: float
+    unfused_us: float
+
+
+def table_name(device: str) -> str:
+    """File name of a device: "NVIDIA H100 80GB HBM3" -> nvidia_h100_80gb_hbm3.json."""
+    return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_") + ".json"
+
+
+@functools.lru_cache(maxsize=16)
+def load_table(path: Path) -> tuple[TunedRow, ...]:
+    """Rows of a table, () where there is none. ValueError for a file that is no table."""
+    if not path.exists():
+        return ()
+    try:
+        return tuple(_row(row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no table of rms_norm_linear ({error}): restore or delete it") from error
+
+
+def _row(row: dict[str, object]) -> TunedRow:
+    problem = Problem(*(int(str(row[key])) for key in "mnk"), dtype=str(row["dtype"]), swiglu=bool(row["swiglu"]))
+    fused, unfused = (float(str(row[key])) for key in ("fused_us", "unfused_us"))
+    return TunedRow(problem, FusionConfig.parse(str(row["config"])), fused, unfused)
+
+
+def lookup(problem: Problem, rows: tuple[TunedRow, ...]) -> FusionConfig | None:
+    """The row of this weight measured at the smallest M that is not below ours; None without one.
+
+    A weight of another shape takes the row of the nearest one (in log N and log K, at most a factor of 2 away) of
+    the same dtype and activation.
+    """
+    alike = [r for r in rows if (r.problem.dtype, r.problem.swiglu) == (problem.dtype, problem.swiglu)]
+    if not alike:
+        return None
+
+    def distance(row: TunedRow) -> float:
+        return abs(math.log2(row.problem.n / problem.n)) + abs(math.log2(row.problem.k / problem.k))
+
+    nearest = min(distance(row) for row in alike)
+    fitting = [row for row in alike if distance(row) == nearest and row.problem.m >= problem.m]
+    if nearest > 1 or not fitting:
+        return None
+    return min(fitting, key=lambda row: row.problem.m).config
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(problem: Problem, device: str, gpu: Gpu) -> FusionConfig:
+    """What runs `problem` on the GPU named `device`: measured if possible, guessed otherwise."""
+    config = lookup(problem, load_table(TABLES / table_name(device)))
+    if config is not None and not config.faults(problem, gpu):
+        return config
+    return heuristic(problem, gpu)

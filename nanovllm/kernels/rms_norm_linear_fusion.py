@@ -1,0 +1,309 @@
+"""RMSNorm and the linear layer behind it in one kernel. The star of this engine.
+
+Formula, for a row x of K elements, with W [N, K]:
+
+    y = W (gamma * x / rms(x)) + b + residual          rms(x) = sqrt(mean(x^2) + eps)
+      = (1 / rms(x)) * W (gamma * x) + b + residual
+
+The scale 1 / rms(x) is one number a row and commutes with the product. So the kernel multiplies the row as it is, sums
+its squares from the same values on the way, and scales the result at the end ("deferred"): the weight's bytes can be
+on their way before anything is known about x, and the normalised x never exists in memory. With `activation="swiglu"`
+W is packed [2 N, K], gate rows first, and y = silu(gate) * up + residual. The algebra is FlashNorm's (arXiv
+2407.09577), the operator Mirage's first example (arXiv 2405.05751).
+
+Cast order: products, squares, bias, activation and residual in float32; one rounding, of the result. The tensor-core
+kernel also rounds gamma * x to x's dtype, for the products take their operands in it; float16 cannot hold gamma * x of
+an outlier channel, so there the row is scaled before (`FIRST`), as PyTorch's own order does. Float32 is IEEE: no TF32.
+PyTorch rounds the normalised row, its product with gamma and the output of every operator: the reference body does so
+too, is slightly less exact, and not equal bit for bit.
+
+Grid: a program owns a block of weight rows and the whole K, hence one pass over the weight and no reduction between
+programs: results reproduce.
+
+    gemv      1 to 4 rows   (N / block_n,)                 the weight tile in registers, CUDA cores
+    tile      5 to 64       (N / block_n, M / block_m)     the weight as the left operand of tensor-core products
+    unfused   more          norm kernel, then cuBLAS: the GEMM is bound by arithmetic, and cuBLAS is better at that
+
+Which one, and its block sizes, is data: `fusion_config`. Traffic in bytes: `fusion_config.Problem.bytes_moved`; for
+one row the weight is all of it (Qwen3-0.6B's QKV: 8.4 MB of weight, 10 KB of x and y). What fusion saves there is a
+kernel launch and the latency of a dependent round trip, about as long as the GEMM itself.
+
+Not known here: modules, models, the engine. Which norms and linears of a model may be fused is `nanovllm.fusion`'s
+question.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from nanovllm.kernels import reference
+from nanovllm.kernels.activation import silu_mul
+from nanovllm.kernels.fusion_config import ELEMENT_SIZES, FusionConfig, Problem, choose
+from nanovllm.kernels.jit import gpu_of, triton_installed, use_triton
+from nanovllm.kernels.launch_config import cdiv
+from nanovllm.kernels.norm import rms_norm
+from nanovllm.kernels.rms_norm_linear_kernels import _gemv_kernel, _tile_kernel
+
+ACTIVATIONS = (None, "swiglu")
+
+
+def rms_norm_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    *,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
+    config: FusionConfig | None = None,
+) -> torch.Tensor:
+    """`linear(rms_norm(x, norm_weight, eps), weight, bias)`, then the activation, then `+ residual`.
+
+    x: [..., K], rows may be strided; weight: [N, K], or packed [2 N, K] (gate rows first) for activation="swiglu";
+    norm_weight: [K], None if it is ones or has been folded into the weight; bias: one element a weight row;
+    residual: [..., N], added to the output. All of one dtype (float32, bfloat16, float16) and on one device.
+    config: None takes the measured or the guessed one of this GPU; one that is given wins, and raises ValueError if it
+    cannot run. The reference body, which CPU tensors take, has no use for it.
+    Returns [..., N], contiguous. Differentiable only with respect to nothing: this is an inference operator.
+    Raises ValueError for shapes, dtypes or devices that do not match, a negative eps, an unknown activation.
+    """
+    text = None if config is None else str(config)
+    return torch.ops.nanovllm.rms_norm_linear(x, weight, norm_weight, eps, bias, residual, activation, text)
+
+
+def why_not(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    *,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
+    config: FusionConfig | None = None,
+    subtracts_mean: bool = False,
+) -> list[str]:
+    """Reasons why this call would not run a fused kernel; [] means that it would.
+
+    Arguments as in `rms_norm_linear`, and its ValueError becomes a reason. `subtracts_mean`: the norm is a LayerNorm.
+    Only metadata is read: meta tensors do, except that they are "not on a CUDA device".
+    """
+    if subtracts_mean:
+        return ["the norm subtracts the mean: it is a LayerNorm, and only RMSNorm commutes with the linear layer"]
+    try:
+        _check(x, weight, norm_weight, eps, bias, residual, activation)
+    except ValueError as error:
+        return [str(error)]
+    reasons = _unsupported(x, weight, norm_weight, bias, residual)
+    if x.is_cuda and not triton_installed():
+        reasons.append("Triton is not installed")
+    elif not x.is_cuda and not use_triton(x):
+        reasons.append(f"x is on {x.device}: the kernels need a CUDA device")
+    problem = _problem(x, weight, activation)
+    if not reasons and problem.m * problem.n:
+        try:
+            chosen = _config(problem, x.device, None if config is None else str(config))
+        except ValueError as error:
+            return [str(error)]
+        if chosen.variant == "unfused":
+            reasons.append(f"norm and GEMM one after the other are as fast or faster for {problem}")
+    return reasons
+
+
+def _unsupported(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> list[str]:
+    """What no kernel here can read, though PyTorch can."""
+    reasons = []
+    if _name(x.dtype) not in ELEMENT_SIZES:
+        reasons.append(f"dtype {x.dtype} is none of {', '.join(ELEMENT_SIZES)}")
+    named = {"x": x, "weight": weight, "norm_weight": norm_weight, "bias": bias, "residual": residual}
+    for name, tensor in named.items():
+        if tensor is not None and tensor.numel() and tensor.stride(-1) != 1:
+            reasons.append(f"{name} is not contiguous in its last dimension: strides {tensor.stride()}")
+    return reasons
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str | None,
+) -> None:
+    """Raise the one ValueError of arguments that do not belong together."""
+    if x.dim() < 1 or weight.dim() != 2:
+        raise ValueError(f"x must be [..., K] and weight [N, K], got {_shape(x)} and {_shape(weight)}")
+    rows, width = weight.shape
+    if x.shape[-1] != width or not width:
+        raise ValueError(f"x {_shape(x)} and weight {_shape(weight)} must share their last dimension K, at least 1")
+    if not eps >= 0:
+        raise ValueError(f"eps must be 0 or positive, got {eps}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f'activation must be None or "swiglu", got {activation!r}')
+    if activation == "swiglu" and rows % 2:
+        raise ValueError(f"swiglu needs a packed weight [2 N, K], got {rows} rows in {_shape(weight)}")
+    outputs = rows // 2 if activation == "swiglu" else rows
+    expected = (
+        ("weight", weight, (rows, width)),
+        ("norm_weight", norm_weight, (width,)),
+        ("bias", bias, (rows,)),
+        ("residual", residual, (*x.shape[:-1], outputs)),
+    )
+    for name, tensor, shape in expected:
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(
+                f"{name} must have shape {list(shape)} to match x {_shape(x)} and weight {_shape(weight)}, "
+                f"got {_shape(tensor)}"
+            )
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device} but x is {x.dtype} on {x.device}: "
+                "convert one to match the other"
+            )
+
+
+def _shape(tensor: torch.Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _problem(x: torch.Tensor, weight: torch.Tensor, activation: str | None) -> Problem:
+    rows, width = weight.shape
+    swiglu = activation == "swiglu"
+    return Problem(x.numel() // width, rows // 2 if swiglu else rows, width, _name(x.dtype), swiglu)
+
+
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    """What tables are named after."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+
+
+def _config(problem: Problem, device: torch.device, text: str | None) -> FusionConfig:
+    """The configuration to run: the caller's, which must fit, or the policy's."""
+    if text is None:
+        return choose(problem, _device_name(device), gpu_of(device))
+    config = FusionConfig.parse(text)
+    faults = config.faults(problem, gpu_of(device))
+    if config.launch_pdl and device.type != "cuda":
+        faults.append("launch_pdl needs a CUDA device")
+    if faults:
+        raise ValueError(f"config {config} cannot run {problem}: {'; '.join(faults)}")
+    return config
+
+
+# The operator as PyTorch sees it: `torch.compile` and `torch.export` take it whole, CUDA graphs capture what it launches.
+@torch.library.custom_op(
+    "nanovllm::rms_norm_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? norm_weight, float eps, Tensor? bias, Tensor? residual, "
+    "str? activation, str? config) -> Tensor",
+)
+def _operator(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str | None,
+    config: str | None,
+) -> torch.Tensor:
+    """Check, choose a body, run it."""
+    _check(x, weight, norm_weight, eps, bias, residual, activation)
+    problem = _problem(x, weight, activation)
+    if not problem.m * problem.n:
+        return x.new_empty((*x.shape[:-1], problem.n))
+    if not use_triton(x) or _unsupported(x, weight, norm_weight, bias, residual):
+        return reference.rms_norm_linear(x, weight, norm_weight, eps, bias, residual, activation)
+    chosen = _config(problem, x.device, config)
+    if chosen.variant == "unfused":
+        return _unfused(x, weight, norm_weight, eps, bias, residual, activation)
+    return _launch(problem, chosen, x, weight, norm_weight, eps, bias, residual)
+
+
+@_operator.register_fake
+def _(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str | None,
+    config: str | None,
+) -> torch.Tensor:
+    """The result's shape, dtype and device; raises what the operator would."""
+    _check(x, weight, norm_weight, eps, bias, residual, activation)
+    rows = weight.shape[0]
+    return x.new_empty((*x.shape[:-1], rows // 2 if activation == "swiglu" else rows))
+
+
+def _unfused(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str | None,
+) -> torch.Tensor:
+    """The parts one after the other, each the fastest there is: what the fused kernels have to beat."""
+    if norm_weight is None:
+        normed = F.rms_norm(x, (x.shape[-1],), eps=eps)
+    else:
+        normed = rms_norm(x, norm_weight, eps)
+    y = F.linear(normed, weight, bias)
+    if activation == "swiglu":
+        y = silu_mul(y)
+    return y if residual is None else y.add_(residual)
+
+
+def _launch(
+    problem: Problem,
+    config: FusionConfig,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """Run one fused kernel on arguments that have been checked."""
+    y = torch.empty((*x.shape[:-1], problem.n), dtype=x.dtype, device=x.device)
+    rows = x.reshape(problem.m, problem.k)
+    stream = None if residual is None else residual.reshape(problem.m, problem.n)
+    tensors = (rows, weight, norm_weight, bias, stream, y)
+    strides = (rows.stride(0), weight.stride(0), 0 if stream is None else stream.stride(0))
+    blocks = cdiv(problem.weight_rows, config.block_n)
+    shared = {
+        "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "SWIGLU": problem.swiglu, "PDL": config.launch_pdl,
+        "num_warps": config.num_warps,
+    }  # fmt: skip
+    if config.launch_pdl:
+        shared["launch_pdl"] = True
+    if config.variant == "gemv":
+        _gemv_kernel[(blocks,)](*tensors, problem.n, *strides, eps, M=problem.m, K=problem.k, **shared)
+    else:
+        _tile_kernel[(blocks, cdiv(problem.m, config.block_m))](
+            *tensors, problem.m, problem.n, problem.k, *strides, eps,
+            BLOCK_M=config.block_m, EVEN_K=problem.k % config.block_k == 0, FIRST=x.dtype == torch.float16,
+            num_stages=config.num_stages, **shared,
+        )  # fmt: skip
+    return y
