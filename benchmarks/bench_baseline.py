@@ -46,9 +46,8 @@ def main() -> None:
     if set(args.test) - {"cpu"}:
         records += measure_engine(args)
     for r in records:
-        print(
-            f"{r.engine:12} {r.model:14} {r.test:9} batch {r.batch:>3} prompt {r.prompt:>8} {r.metric:>19} {r.value:10.4g}"
-        )
+        what = f"{r.engine:24} {r.model:22} {r.test:9} batch {r.batch:>3} prompt {r.prompt:>8}"
+        print(f"{what} {r.metric:>19} {r.value:10.4g}")
     write(records, args.csv)
 
 
