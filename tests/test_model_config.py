@@ -110,7 +110,10 @@ def test_equals_hugging_face(name: str, tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "architecture": ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM is not supported; supported are Llama"),
-    "no architecture": ({"architectures": None}, "none named .model_type 'llama'. is not supported"),
+    "no architecture": (
+        {"architectures": None, "model_type": "gemma"},
+        "none named .model_type 'gemma'. is not supported",
+    ),
     "longrope": ({"rope_scaling": {"type": "longrope"}}, "'longrope' is not supported; supported are default, linear"),
     "su": ({"rope_scaling": {"type": "su", "factor": 2}}, "RoPE type 'su'"),
     "mrope": ({"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "RoPE type 'mrope'"),
@@ -219,3 +222,9 @@ def test_gguf_refusals(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(length + b"llama", length + b"gemma"))
     with pytest.raises(ValueError, match="GGUF architecture 'gemma' is not supported; supported are llama, qwen2"):
         load_model_config(resolve_model(str(path)))
+
+
+def test_model_type_stands_in_for_a_missing_architecture() -> None:
+    for config in (LLAMA, QWEN2, QWEN3, MISTRAL):
+        nameless = {key: value for key, value in config.items() if key != "architectures"}
+        assert parse_config(nameless, "config.json") == parse_config(config, "config.json")

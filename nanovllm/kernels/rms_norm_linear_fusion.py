@@ -41,12 +41,12 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels import reference
+from nanovllm.kernels import rms_norm_linear_kernels as kernels
 from nanovllm.kernels.activation import silu_mul
 from nanovllm.kernels.fusion_config import ELEMENT_SIZES, FusionConfig, Problem, choose
 from nanovllm.kernels.jit import gpu_of, triton_installed, use_triton
 from nanovllm.kernels.launch_config import cdiv
 from nanovllm.kernels.norm import rms_norm
-from nanovllm.kernels.rms_norm_linear_kernels import _gemv_kernel, _tile_kernel
 
 ACTIVATIONS = (None, "swiglu")
 
@@ -253,9 +253,9 @@ def _launch(
     if config.launch_pdl:
         shared["launch_pdl"] = True
     if config.variant == "gemv":
-        _gemv_kernel[(blocks,)](*tensors, problem.n, *strides, eps, M=problem.m, K=problem.k, **shared)
+        kernels.gemv_kernel[(blocks,)](*tensors, problem.n, *strides, eps, M=problem.m, K=problem.k, **shared)
     else:
-        _tile_kernel[(blocks, cdiv(problem.m, config.block_m))](
+        kernels.tile_kernel[(blocks, cdiv(problem.m, config.block_m))](
             *tensors, problem.m, problem.n, problem.k, *strides, eps,
             BLOCK_M=config.block_m, EVEN_K=problem.k % config.block_k == 0, FIRST=x.dtype == torch.float16,
             num_stages=config.num_stages, **shared,

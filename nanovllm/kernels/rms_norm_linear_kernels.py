@@ -1,7 +1,7 @@
 """The jitted half of `rms_norm_linear_fusion`: two kernels, one for a handful of rows and one for a few dozen.
 
 Read that module first: it states the formula, the cast order, the grid and the traffic. Here a program owns BLOCK_N
-rows of the weight, for all (`_gemv_kernel`) or BLOCK_M (`_tile_kernel`) rows of x, and the whole length K: so the sum
+rows of the weight, for all (`gemv_kernel`) or BLOCK_M (`tile_kernel`) rows of x, and the whole length K: so the sum
 of squares is complete where the products are, and no program waits for another. Every program repeats that sum; x is
 small and comes from the L2 cache, while the weight is what memory's time goes to.
 
@@ -53,7 +53,7 @@ def _finish(
 
 
 @jit(do_not_specialize=("N",))
-def _gemv_kernel(
+def gemv_kernel(
     x, weight, gamma, bias, residual, y, N, x_stride, weight_stride, residual_stride, eps,
     M: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SWIGLU: tl.constexpr, PDL: tl.constexpr,
@@ -76,7 +76,7 @@ def _gemv_kernel(
         else:
             inside = (i * BLOCK_K + column < K)[None, :]
             chunk = tl.load(tile + i * BLOCK_K, mask=inside, other=0.0, eviction_policy="evict_first")
-        chunks = chunks + (chunk,)
+        chunks = chunks + (chunk,)  # type: ignore[assignment]
     if PDL:
         tl.extra.cuda.gdc_wait()
 
@@ -108,7 +108,7 @@ def _row_rstd(x_tile, K, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @jit(do_not_specialize=("M", "N"))
-def _tile_kernel(
+def tile_kernel(
     x, weight, gamma, bias, residual, y, M, N, K, x_stride, weight_stride, residual_stride, eps,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     FIRST: tl.constexpr, SWIGLU: tl.constexpr, PDL: tl.constexpr,
@@ -116,7 +116,7 @@ def _tile_kernel(
     """Program (i, j): weight rows of block i times rows j * BLOCK_M.. of x, on tensor cores.
 
     The weight is the left operand, so that a matrix instruction's 64 (or 16) rows are rows of the weight and its
-    narrow side, 8 at least, is the few rows of x: nothing is padded but the last few.
+    narrow side is the few rows of x: nothing is padded but the last few.
     FIRST takes rstd from a pass over x of its own before the loop, for dtypes that cannot hold x * gamma; otherwise
     the squares accumulate from the tiles that the products use and rstd is multiplied in at the end.
     """

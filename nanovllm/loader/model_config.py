@@ -128,6 +128,9 @@ def _architecture(raw: Mapping[str, Any], origin: str) -> str:
     for name in names:
         if name in _DEFAULTS:
             return str(name)
+    by_type = {name.removesuffix("ForCausalLM").lower(): name for name in _DEFAULTS}
+    if not names and raw.get("model_type") in by_type:  # a configuration that was saved without its model
+        return by_type[raw["model_type"]]
     found = ", ".join(map(str, names)) or f"none named (model_type {raw.get('model_type')!r})"
     raise ValueError(f"{origin}: architecture {found} is not supported; supported are {', '.join(sorted(_DEFAULTS))}")
 

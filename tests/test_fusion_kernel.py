@@ -1,0 +1,360 @@
+"""The fused RMSNorm+Linear against float64: every variant, epilogue and edge, on inputs that can fail.
+
+One table of tolerances serves all: `kernel_checks.judge` (twice PyTorch's own error in the same dtype, maximum and
+root mean square), and 1e-5 of the largest value in float32. Half precision has no number of its own: 2x PyTorch's
+three roundings (normalised row, gamma, output) is what a wrong cast order breaks and a right one does not reach.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_checks import BF16, F16, F32, judge, norm_weight, tiers
+
+from nanovllm.kernels import reference
+from nanovllm.kernels.fusion_config import TABLES, FusionConfig, load_table, table_name
+from nanovllm.kernels.rms_norm_linear_fusion import rms_norm_linear, why_not
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+EPS = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+class Case(NamedTuple):
+    """One problem. x: [*shape, k]; `parts` names what is there besides: gamma, bias, residual, swiglu."""
+
+    shape: tuple[int, ...]
+    n: int
+    k: int
+    parts: str
+    config: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.shape}-{self.n}-{self.k}-{self.parts.replace(' ', '+') or 'bare'}-{self.config or 'policy'}"
+
+
+class Arguments(NamedTuple):
+    """What the operator takes, and what it must and may return."""
+
+    positional: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float]
+    named: dict
+    truth: torch.Tensor
+    same_dtype: torch.Tensor
+
+
+def in_nan(tensor: torch.Tensor, gap: int) -> torch.Tensor:
+    """The same values as rows of a wider buffer: `gap` elements of NaN behind each row, and a row of them at the end."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    buffer = torch.full(
+        (rows.shape[0] + 1, rows.shape[1] + gap), float("nan"), dtype=tensor.dtype, device=tensor.device
+    )
+    buffer[:-1, : rows.shape[1]] = rows
+    return buffer[:-1, : rows.shape[1]].unflatten(0, tensor.shape[:-1]) if tensor.dim() > 1 else buffer[0, :-gap]
+
+
+def truth_of(x, weight, gamma, bias, residual, swiglu: bool) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    """float64, from the formula."""
+    x, weight, gamma, bias, residual = (
+        None if t is None else t.double().cpu() for t in (x, weight, gamma, bias, residual)
+    )
+    normed = x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt()
+    y = torch.einsum("...k,nk->...n", normed if gamma is None else normed * gamma, weight)
+    y = y if bias is None else y + bias
+    if swiglu:
+        gate, up = y.chunk(2, dim=-1)
+        y = gate / (1 + torch.exp(-gate)) * up
+    return y if residual is None else y + residual
+
+
+def torch_of(x, weight, gamma, bias, residual, swiglu: bool) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    """The eager code of Hugging Face's models, every operator rounding to x's dtype."""
+    wide = x.float()
+    normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+    y = F.linear(normed if gamma is None else gamma * normed, weight, bias)
+    if swiglu:
+        gate, up = y.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+    return y if residual is None else residual + y
+
+
+def arguments(case: Case, dtype: torch.dtype, device: str, gap: int = 0, scale: float = 1.0) -> Arguments:
+    """Rows with channels a thousand times larger than the rest, norm weights up to 90, `gap` NaNs behind every row."""
+    swiglu = "swiglu" in case.parts
+    rows = 2 * case.n if swiglu else case.n
+    x = torch.randn(*case.shape, case.k)
+    x[..., :: max(case.k // 3, 1)] *= 1000
+    x = (x * scale).to(dtype).to(device)
+    weight = (torch.randn(rows, case.k) / case.k**0.5).to(dtype).to(device)
+    gamma = norm_weight(case.k, dtype, device) if "gamma" in case.parts else None
+    bias = torch.randn(rows).to(dtype).to(device) if "bias" in case.parts else None
+    residual = (10 * torch.randn(*case.shape, case.n)).to(dtype).to(device) if "residual" in case.parts else None
+    operands = (x, weight, gamma, bias, residual, swiglu)
+    truth, same_dtype = truth_of(*operands), torch_of(*operands)
+    if gap:
+        x, weight = in_nan(x, gap), in_nan(weight, gap)
+        residual = None if residual is None else in_nan(residual, gap)
+    config = FusionConfig.parse(case.config) if case.config else None
+    named = {"bias": bias, "residual": residual, "activation": "swiglu" if swiglu else None, "config": config}
+    return Arguments((x, weight, gamma, EPS), named, truth, same_dtype)
+
+
+def check(given: Arguments) -> torch.Tensor:
+    """Run the public call and judge it."""
+    y = rms_norm_linear(*given.positional, **given.named)
+    assert y.is_contiguous()
+    judge(y, given.truth, given.same_dtype)
+    if y.dtype == F32:
+        assert (y.double().cpu() - given.truth).abs().max() <= 1e-5 * given.truth.abs().max()
+    return y
+
+
+ALL = "gamma bias residual"
+SMALL = [
+    Case((1,), 33, 100, "gamma"),
+    Case((1,), 32, 128, "", "gemv/4/128/1"),
+    Case((3,), 20, 130, "gamma bias residual swiglu", "gemv/2/64/2"),
+    Case((2, 2), 7, 96, ALL, "gemv/8/32/1"),
+    Case((5,), 37, 129, ALL, "tile/16/16/32/1/1"),
+    Case((2, 9), 24, 64, "gamma swiglu bias residual", "tile/32/32/64/4/2"),
+    Case((40,), 16, 48, "residual", "tile/16/16/16/4/2"),
+    Case((7,), 20, 64, ALL, "unfused"),
+]
+LARGE = [
+    Case((1,), 4096, 1024, "gamma"),
+    Case((1,), 3072, 1024, "gamma swiglu"),
+    Case((2,), 1024, 16384, ALL),
+    Case((4,), 1001, 2560, ALL),
+    Case((1,), 1000, 4095, "gamma swiglu", "gemv/4/2048/8"),
+    Case((8,), 500, 576, ALL, "gemv/4/256/2"),
+    Case((8,), 4096, 1024, "gamma"),
+    Case((16,), 3072, 1024, "gamma swiglu residual"),
+    Case((33,), 999, 1001, ALL, "tile/64/64/64/4/3"),
+    Case((64,), 1536, 2048, "gamma swiglu", "tile/64/128/64/8/3"),
+    Case((64,), 256, 16384, ALL, "tile/32/64/128/4/4"),
+    Case((300,), 1024, 1000, ALL),
+]
+
+
+@tiers(small=SMALL, large=LARGE)
+def test_against_float64(device: str, dtype: torch.dtype, case: Case) -> None:
+    if dtype == F32 and case.config is not None and case in LARGE:
+        case = case._replace(config="tile/16/32/32/4/2" if case.shape[0] > 8 else "gemv/2/1024/8")
+    check(arguments(case, dtype, device))
+
+
+@tiers(
+    small=[Case((3,), 21, 100, ALL, "gemv/4/64/1"), Case((6,), 18, 100, ALL + " swiglu", "tile/16/16/32/2/2")],
+    large=[Case((2, 2), 300, 1000, ALL), Case((2, 3), 300, 1000, ALL + " swiglu"), Case((70,), 300, 1000, ALL)],
+)
+@pytest.mark.parametrize("gap", [8, 13])
+def test_strided_rows_between_nans(device: str, dtype: torch.dtype, case: Case, gap: int) -> None:
+    """Nothing outside the rows is read, though their tiles overlap it."""
+    check(arguments(case, dtype, device, gap))
+
+
+@tiers(
+    small=[Case((2,), 40, 64, "gamma", "gemv/4/64/1"), Case((6,), 40, 64, "gamma", "tile/16/16/32/2/2")],
+    large=[Case((1,), 512, 1024, "gamma"), Case((16,), 512, 1024, "gamma"), Case((99,), 512, 1024, "gamma")],
+)
+def test_tiny_rows(device: str, dtype: torch.dtype, case: Case) -> None:
+    """Values so small that eps decides."""
+    check(arguments(case, dtype, device, scale=1e-6 if dtype != F16 else 1e-5))
+
+
+@tiers(
+    small=[Case((3,), 20, 64, "gamma bias", "gemv/4/64/1"), Case((6,), 20, 64, "gamma bias", "tile/16/16/32/2/2")],
+    large=[Case((2,), 512, 1024, "gamma bias"), Case((16,), 512, 1024, "gamma bias")],
+)
+@pytest.mark.parametrize("eps", [EPS, 1e-30])
+def test_a_row_of_zeros_gives_the_bias(device: str, dtype: torch.dtype, case: Case, eps: float) -> None:
+    x, weight, gamma, _ = arguments(case, dtype, device).positional
+    bias = torch.randn(case.n).to(dtype).to(device)
+    config = FusionConfig.parse(case.config) if case.config else None
+    x[1] = 0
+    y = rms_norm_linear(x, weight, gamma, eps, bias=bias, config=config)
+    assert torch.equal(y[1], bias)
+    assert bool(torch.isfinite(y).all())
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("config", ["gemv/4/64/1", "tile/16/16/32/2/2"])
+def test_the_interpreter_runs_the_kernel(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = arguments(Case((2,), 20, 64, "gamma", config), F32, "cpu")
+    monkeypatch.setattr(reference, "rms_norm_linear", None)
+    check(given)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("rows", "outputs"), [(0, 8), (3, 0), (0, 0)])
+def test_nothing_to_do(device: str, rows: int, outputs: int) -> None:
+    x, weight = torch.ones(2, rows, 16, device=device), torch.ones(outputs, 16, device=device)
+    assert rms_norm_linear(x, weight, None, EPS).shape == (2, rows, outputs)
+
+
+def test_layouts_that_no_kernel_reads_take_the_reference_body() -> None:
+    x, weight = torch.randn(64, 3).t(), torch.randn(64, 8).t()
+    torch.testing.assert_close(
+        rms_norm_linear(x, weight, None, EPS), rms_norm_linear(x.contiguous(), weight, None, EPS)
+    )
+    assert any("x is not contiguous" in reason for reason in why_not(x, weight, None, EPS))
+    assert any("float64 is none of" in reason for reason in why_not(x.double(), weight.double(), None, EPS))
+    assert rms_norm_linear(x.double(), weight.double(), None, EPS).dtype == torch.float64
+
+
+BAD = {
+    "K": ({"weight": torch.ones(4, 9)}, r"x \[2, 8\] and weight \[4, 9\] must share"),
+    "dimensions": ({"weight": torch.ones(4)}, r"weight \[N, K\], got \[2, 8\] and \[4\]"),
+    "no columns": ({"x": torch.ones(2, 0), "weight": torch.ones(4, 0)}, "at least 1"),
+    "norm weight": ({"norm_weight": torch.ones(4)}, r"norm_weight must have shape \[8\] .* got \[4\]"),
+    "bias": ({"bias": torch.ones(8)}, r"bias must have shape \[4\] .* got \[8\]"),
+    "packed bias": ({"bias": torch.ones(2), "activation": "swiglu"}, r"bias must have shape \[4\]"),
+    "residual": ({"residual": torch.ones(2, 8)}, r"residual must have shape \[2, 4\] .* got \[2, 8\]"),
+    "broadcast residual": ({"residual": torch.ones(4)}, r"residual must have shape \[2, 4\]"),
+    "swiglu residual": ({"residual": torch.ones(2, 4), "activation": "swiglu"}, r"must have shape \[2, 2\]"),
+    "odd rows": ({"weight": torch.ones(5, 8), "activation": "swiglu"}, "packed weight"),
+    "dtype": ({"weight": torch.ones(4, 8, dtype=F16)}, "weight is torch.float16 on cpu but x is torch.float32"),
+    "norm dtype": ({"norm_weight": torch.ones(8, dtype=BF16)}, "norm_weight is torch.bfloat16"),
+    "device": ({"bias": torch.ones(4, device="meta")}, "bias is torch.float32 on meta but x is torch.float32 on cpu"),
+    "eps": ({"eps": -1e-6}, "eps must be 0 or positive, got -1e-06"),
+    "NaN": ({"eps": float("nan")}, "got nan"),
+    "activation": ({"activation": "gelu"}, "got 'gelu'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_arguments_that_do_not_match(name: str) -> None:
+    changed, sentence = BAD[name]
+    given = {"x": torch.ones(2, 8), "weight": torch.ones(4, 8), "norm_weight": torch.ones(8), "eps": EPS, **changed}
+    with pytest.raises(ValueError, match=sentence):
+        rms_norm_linear(**given)
+    assert len(why_not(**given)) == 1
+
+
+def test_why_not_names_every_reason() -> None:
+    x, weight = torch.ones(2, 8), torch.ones(4, 8)
+    assert "LayerNorm" in why_not(x, weight, None, EPS, subtracts_mean=True)[0]
+    meta = why_not(x.to("meta"), weight.to("meta"), None, EPS)
+    assert meta == ["x is on meta: the kernels need a CUDA device"]
+
+
+@pytest.mark.interpret
+def test_why_not_follows_the_policy() -> None:
+    weight = torch.ones(4, 64)
+    assert why_not(torch.ones(2, 64), weight, None, EPS) == []
+    assert "as fast or faster" in why_not(torch.ones(5000, 64), weight, None, EPS)[0]
+    gemv = FusionConfig.parse("gemv/4/64/1")
+    assert "at most" in why_not(torch.ones(50, 64), weight, None, EPS, config=gemv)[0]
+
+
+@pytest.mark.interpret
+def test_a_config_that_cannot_run_is_refused() -> None:
+    for text, sentence in (("gemv/4/64/1", "at most 8 rows"), ("tile/16/16/32/4/2/pdl", "needs a CUDA device")):
+        with pytest.raises(ValueError, match=f"{text} cannot run .*{sentence}"):
+            rms_norm_linear(torch.ones(9, 64), torch.ones(4, 64), None, EPS, config=FusionConfig.parse(text))
+
+
+def test_no_backward() -> None:
+    y = rms_norm_linear(torch.ones(2, 8), torch.ones(4, 8, requires_grad=True), None, EPS)
+    with pytest.raises(NotImplementedError, match="no backward"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("case", [Case((2, 3), 16, 64, ALL + " swiglu"), Case((0,), 16, 64, "gamma")], ids=str)
+def test_opcheck(device: str, case: Case) -> None:
+    given = arguments(case, F32, device)
+    named = {**given.named, "config": None}
+    torch.library.opcheck(torch.ops.nanovllm.rms_norm_linear.default, (*given.positional, *named.values()))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_torch_compile_takes_it_whole(device: str) -> None:
+    given = arguments(Case((2,), 16, 64, ALL), F32, device)
+
+    def around(x: torch.Tensor) -> torch.Tensor:
+        return 2 * rms_norm_linear(x, *given.positional[1:], **given.named)
+
+    compiled = torch.compile(around, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(given.positional[0]), around(given.positional[0]), rtol=0, atol=0)
+
+
+# ----------------------------------------------------------------------------------------------------- one GPU
+
+VARIANTS = [
+    Case((1,), 4096, 1024, "gamma"),
+    Case((4,), 3072, 2560, "gamma swiglu bias residual"),
+    Case((16,), 3072, 1024, "gamma swiglu residual"),
+    Case((64,), 1024, 2048, "gamma", "tile/64/64/64/4/3"),
+    Case((200,), 1024, 1024, ALL),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("case", VARIANTS, ids=str)
+def test_a_cuda_graph_repeats_the_eager_call_bit_for_bit(case: Case, dtype: torch.dtype) -> None:
+    if dtype == F32 and case.config:
+        case = case._replace(config="tile/16/32/32/4/2")
+    given = arguments(case, dtype, "cuda")
+    eager = check(given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = rms_norm_linear(*given.positional, **given.named)
+    for _ in range(3):
+        captured.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(captured, eager)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", ["gemv/8/1024/4", "tile/16/32/128/4/4"])
+def test_programmatic_dependent_launch_changes_no_bit(config: str) -> None:
+    """A chain in which every kernel reads what the one before wrote, and overwrites what that one read."""
+    weights = [(torch.randn(1024, 1024) / 32).to(BF16).cuda() for _ in range(20)]
+    start = torch.randn(4, 1024).to(BF16).cuda()
+
+    def chain(config: FusionConfig) -> torch.Tensor:
+        x = start
+        for weight in weights:
+            x = rms_norm_linear(x, weight, None, EPS, residual=x, config=config)
+        return x
+
+    plain = chain(FusionConfig.parse(config))
+    for _ in range(5):
+        assert torch.equal(chain(FusionConfig.parse(config + "/pdl")), plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", ["gemv/2/2048/8", "tile/16/32/128/4/4"])
+def test_weights_beyond_two_billion_elements(config: str) -> None:
+    rows, width = 140_000, 16384
+    weight = torch.zeros(rows, width, dtype=BF16, device="cuda")
+    weight[-1, -1] = 1
+    x = torch.ones(1, width, dtype=BF16, device="cuda")
+    y = rms_norm_linear(x, weight, None, 0.0, config=FusionConfig.parse(config))
+    assert y[0, -1].item() == 1
+    assert y.abs().sum().item() == 1
+
+
+@pytest.mark.gpu
+def test_every_row_of_the_tuned_table() -> None:
+    rows = load_table(TABLES / table_name(torch.cuda.get_device_name()))
+    if not rows:
+        pytest.skip("no table for this GPU")
+    for problem in {row.problem for row in rows}:
+        parts = "gamma swiglu" if problem.swiglu else "gamma"
+        dtype = getattr(torch, problem.dtype)
+        x, weight, gamma, _ = arguments(Case((problem.m,), 64, problem.k, parts), dtype, "cuda").positional
+        operands = (x, weight.repeat(problem.n // 64 + 1, 1)[: problem.weight_rows], gamma)
+        swiglu = "swiglu" if problem.swiglu else None
+        y = rms_norm_linear(*operands, EPS, activation=swiglu)
+        exact = reference.rms_norm_linear(*(t.double() for t in operands), EPS, activation=swiglu)
+        judge(y, exact.cpu(), torch_of(*operands, None, None, problem.swiglu))
