@@ -2,8 +2,8 @@
 
 PyTorch knows no paged attention, so pages are gathered first. A CPU pays for every operator (a few microseconds) and
 for every byte twice, hence:
-* all decodes of a step go through one batched product, padded to the longest context and masked; the query heads that
-  share a KV head are the rows of one small matrix, so K and V are never repeated;
+* decodes of similar length go through one batched product, padded to the longest of them and masked; the query heads
+  that share a KV head are the rows of one small matrix, so K and V are never repeated;
 * pages are gathered head by head, straight into the layout the product reads, into a buffer kept between layers and
   steps (fresh megabytes would cost a page fault every 4 KiB);
 * index tensors and masks are made once a step and kept in `AttentionMetadata.scratch`.
@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.layers.attention.backend import AttentionBackend, AttentionMetadata, AttentionSpec
+
+_GROUP_COST = 300  # keys that are gathered and multiplied in the time that one more group takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +74,23 @@ class SDPABackend(AttentionBackend):
         scale: float, window: int | None,
     ) -> torch.Tensor:  # fmt: skip
         """q: [n, Hq, D], one token a sequence."""
-        plan = metadata.scratch.get(("decode", window))
-        if plan is None:
-            plan = metadata.scratch["decode", window] = _plan_decodes(metadata, k_cache, q.dtype, window)
+        groups = metadata.scratch.get(("decode", window))
+        if groups is None:
+            groups = metadata.scratch["decode", window] = [
+                (torch.tensor(members, device=q.device), _plan_decodes(members, metadata, k_cache, q.dtype, window))
+                for members in group_by_length(metadata.context_lens_cpu[: metadata.num_decodes])
+            ]
+        if len(groups) == 1:
+            return self._decode_group(q, k_cache, v_cache, groups[0][1], scale)
+        out = torch.empty_like(q)
+        for members, plan in groups:
+            out[members] = self._decode_group(q[members], k_cache, v_cache, plan, scale)
+        return out
+
+    def _decode_group(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: _Plan, scale: float
+    ) -> torch.Tensor:
+        """q: [n, Hq, D], one token of each sequence in the plan."""
         n, kv_heads, _ = plan.shape
         k, v = self._gather("k", k_cache, plan), self._gather("v", v_cache, plan)
         rows = q.reshape(n * kv_heads, -1, q.shape[2])  # the heads of a group are the rows
@@ -134,14 +150,29 @@ def _unread_tokens(unread: torch.Tensor, kv_heads: int) -> torch.Tensor | None:
     return tokens if tokens.numel() else None
 
 
-def _plan_decodes(metadata: AttentionMetadata, cache: torch.Tensor, dtype: torch.dtype, window: int | None) -> _Plan:
-    """Sequences 0 .. num_decodes - 1, padded to the longest; pages behind every window are left out."""
+def group_by_length(lengths: list[int]) -> list[list[int]]:
+    """Indices of sequences that are padded together: groups by powers of two, or everybody where that saves little."""
+    groups: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        groups.setdefault(length.bit_length(), []).append(i)
+    together = len(lengths) * max(lengths)
+    apart = sum(len(group) * max(lengths[i] for i in group) for group in groups.values())
+    if together - apart <= _GROUP_COST * (len(groups) - 1):
+        return [list(range(len(lengths)))]
+    return list(groups.values())
+
+
+def _plan_decodes(
+    members: list[int], metadata: AttentionMetadata, cache: torch.Tensor, dtype: torch.dtype, window: int | None
+) -> _Plan:
+    """Sequences `members`, padded to the longest of them; pages behind every window are left out."""
     _, kv_heads, page, _ = cache.shape
-    n = metadata.num_decodes
-    contexts = metadata.context_lens_cpu[:n]
+    n = len(members)
+    contexts = [metadata.context_lens_cpu[i] for i in members]
+    table = metadata.block_table[members]
     first = min(max(length - window, 0) // page for length in contexts) if window is not None else 0
     pages = -(-max(contexts) // page) - first
-    lengths = metadata.context_lens[:n, None]
+    lengths = metadata.context_lens[members, None]
     key = torch.arange(first * page, (first + pages) * page, device=cache.device)
     visible = key < lengths
     if window is not None:
@@ -150,9 +181,7 @@ def _plan_decodes(metadata: AttentionMetadata, cache: torch.Tensor, dtype: torch
     # the last token are unwritten; all others are the sequence's own.
     seen = visible.view(n, pages, page).any(2)
     last = (lengths - 1) // page
-    blocks = torch.where(
-        seen, metadata.block_table[:n, first : first + pages], metadata.block_table[:n].gather(1, last.long())
-    )
+    blocks = torch.where(seen, table[:, first : first + pages], table.gather(1, last.long()))
     is_last = ~seen | (torch.arange(first, first + pages, device=cache.device) == last)
     unwritten = (key % page > (lengths - 1) % page) & is_last.repeat_interleave(page, dim=1)
     unread = _unread_tokens(unwritten, kv_heads)
