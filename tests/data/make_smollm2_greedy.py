@@ -31,7 +31,8 @@ _PHYSICS = (
     "A heat pump moves energy from a cold place to a warm one. It does so by letting a fluid evaporate at low "
     "pressure, where it takes in heat, and condense at high pressure, where it gives the heat away. The ratio between "
     "the heat delivered and the work spent is called the coefficient of performance. For ideal machines it depends "
-    "only on the two temperatures; for real ones it also depends on the compressor, the heat exchangers and the controls. "
+    "only on the two temperatures; for real ones it also depends on the compressor, the heat exchangers and the "
+    "controls. "
 )
 _CODE = '''def merge_sorted(left: list[int], right: list[int]) -> list[int]:
     """Merge two sorted lists into one."""
