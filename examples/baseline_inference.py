@@ -1,7 +1,7 @@
 """Batch inference in a few lines: any model, a list of prompts, sampling parameters, outputs in order.
 
-    python examples/baseline_inference.py                    # SmolLM2-135M on whatever this machine has
-    python examples/baseline_inference.py Qwen/Qwen3-0.6B    # a hub id or a directory
+python examples/baseline_inference.py                    # SmolLM2-135M on whatever this machine has
+python examples/baseline_inference.py Qwen/Qwen3-0.6B    # a hub id or a directory
 """
 
 from __future__ import annotations

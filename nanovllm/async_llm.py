@@ -1,14 +1,17 @@
 """`AsyncLLM`: the same engine for asyncio programs. One thread steps the engine; coroutines await its progress.
 
-The thread sleeps while nothing is queued. It shares nothing with the event loop but the engine's lock and, for each
-request, a queue that it fills through `call_soon_threadsafe`.
+The thread sleeps while nothing is queued. Event loops never touch the engine's lock, which is held for as long as a
+step takes: they leave their wishes in an inbox that the thread empties between steps, and are woken through
+`call_soon_threadsafe`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from nanovllm.config import EngineConfig
@@ -25,6 +28,8 @@ class AsyncLLM:
     def __init__(self, model: str, **kwargs: Any) -> None:
         self.engine = LLMEngine(EngineConfig.from_kwargs(model, **kwargs))
         self._subscribers: dict[str, _Subscriber] = {}
+        self._inbox: deque[Callable[[], None]] | None = deque()  # None: the thread has ended
+        self._inbox_lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = False
         self._thread = threading.Thread(target=self._serve, name="nanovllm-engine", daemon=True)
@@ -36,18 +41,19 @@ class AsyncLLM:
         """Yield the growing output of one prompt; the last one is finished. Leaving the loop aborts the request."""
         request = self.engine.make_request(prompt, sampling_params, streaming=True, request_id=request_id)
         subscriber = _Subscriber(request, asyncio.get_running_loop())
-        self._subscribers[request.request_id] = subscriber
+        if self._subscribers.setdefault(request.request_id, subscriber) is not subscriber:
+            raise ValueError(f"request id {request.request_id!r} is in use: ids of running requests must be unique")
         try:
-            self.engine.submit([request])
-            self._wake.set()
+            self._tell(lambda: self.engine.submit([request]))
             finished = False
             while not finished:
                 output = await subscriber.latest()
                 finished = output.finished
                 yield output
         finally:
-            self._subscribers.pop(request.request_id, None)
-            self.engine.abort(request.request_id)
+            del self._subscribers[request.request_id]
+            if not request.finished:
+                self._tell_abort(request.request_id)
 
     def chat(
         self,
@@ -62,10 +68,7 @@ class AsyncLLM:
 
     async def abort(self, request_id: str) -> None:
         """Stop one request; its stream ends with `finish_reason == "abort"`."""
-        self.engine.abort(request_id)
-        subscriber = self._subscribers.get(request_id)
-        if subscriber is not None:
-            subscriber.publish()
+        self._tell_abort(request_id)
 
     async def close(self) -> None:
         """Stop the engine thread, abort what runs, free the model."""
@@ -74,9 +77,6 @@ class AsyncLLM:
         self._closing = True
         self._wake.set()
         await asyncio.to_thread(self._thread.join)
-        self.engine.close()
-        for subscriber in list(self._subscribers.values()):
-            subscriber.publish()
 
     async def __aenter__(self) -> AsyncLLM:
         return self
@@ -85,12 +85,40 @@ class AsyncLLM:
         await self.close()
 
     def _serve(self) -> None:
-        while not self._closing:
-            self._wake.clear()
-            while not self._closing and self.engine.step() is not None:
-                for subscriber in list(self._subscribers.values()):
-                    subscriber.publish()
-            self._wake.wait()
+        try:
+            while not self._closing:
+                self._read_inbox()
+                step = self.engine.step()
+                self._publish_all()
+                if step is None:
+                    self._wake.wait()
+                    self._wake.clear()  # before the conditions are read again, so that no call is missed
+        finally:  # whatever ended this thread, nobody shall wait for it
+            with self._inbox_lock:
+                self._read_inbox()
+                self._inbox = None
+            self.engine.close()
+            self._publish_all()
+
+    def _tell(self, wish: Callable[[], None]) -> None:
+        """Have the engine's thread call `wish` between two steps."""
+        with self._inbox_lock:
+            if self._inbox is None:
+                raise RuntimeError("this engine is closed: make a new AsyncLLM")
+            self._inbox.append(wish)
+        self._wake.set()
+
+    def _tell_abort(self, request_id: str) -> None:
+        with contextlib.suppress(RuntimeError):  # closed: it has been aborted already
+            self._tell(lambda: self.engine.abort(request_id))
+
+    def _read_inbox(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
+
+    def _publish_all(self) -> None:
+        for subscriber in list(self._subscribers.values()):
+            subscriber.publish()
 
 
 class _Subscriber:
@@ -106,9 +134,10 @@ class _Subscriber:
     def publish(self) -> None:
         """Called by the engine's thread after a step."""
         version = self.request.version
-        if version != self._published and not self._loop.is_closed():
+        if version != self._published:
             self._published = version
-            self._loop.call_soon_threadsafe(self._changed.set)
+            with contextlib.suppress(RuntimeError):  # its loop was closed: nobody listens any more
+                self._loop.call_soon_threadsafe(self._changed.set)
 
     async def latest(self) -> RequestOutput:
         """Wait until the request has something that was not yielded yet."""

@@ -142,9 +142,11 @@ class LLM:
 
 
 def _is_single(prompts: Any) -> bool:
-    """A string, a dictionary or a flat list of token ids is one prompt."""
-    if isinstance(prompts, (str, dict)):
+    """A string, a dictionary or a flat list (array, tensor) of token ids is one prompt."""
+    if isinstance(prompts, (str, dict)) or getattr(prompts, "ndim", None) == 1:
         return True
+    if not hasattr(prompts, "__len__"):
+        raise TypeError(f"prompts must be a string, token ids, or a list of these, got {type(prompts).__name__}")
     return len(prompts) > 0 and not isinstance(prompts[0], (str, dict)) and not hasattr(prompts[0], "__len__")
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # (prompt token ids, token ids generated so far, logits [vocab] float32) -> logits [vocab]
 LogitsProcessor = Callable[[list[int], list[int], "torch.Tensor"], "torch.Tensor"]
 
+MAX_N = 1024  # completions of one request; each of them is a sequence with its own copy of the prompt
 MAX_LOGPROBS = 100  # alternatives per token; each of them becomes a Python object
 GREEDY_BELOW = 1e-5  # dividing by a lower temperature overflows float32, and the largest logit wins anyway
 
@@ -102,7 +103,7 @@ class SamplingParams:
     seed: int | None = None
     n: int = 1
     max_tokens: int | None = 64  # None = up to the context's end
-    min_tokens: int = 0
+    min_tokens: int = 0  # until there are so many, neither EOS nor stop ids are sampled and stop strings do not end
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool = False
@@ -267,7 +268,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "frequency_penalty": _PENALTY,
     "logit_bias": _logit_bias,
     "seed": _integer(-(2**63), 2**64 - 1, "an integer of at most 64 bits"),
-    "n": _integer(1, math.inf, "an integer, 1 or more"),
+    "n": _integer(1, MAX_N, f"an integer from 1 to {MAX_N}"),
     "max_tokens": _integer(1, math.inf, "an integer, 1 or more, or None for the rest of the context"),
     "min_tokens": _integer(0, math.inf, "an integer, 0 or more"),
     "stop": _stop,

@@ -48,6 +48,7 @@ PURE = {f"nanovllm.engine.{name}" for name in ("sequence", "block_manager", "sch
     "nanovllm.outputs",
     "nanovllm.sampling_params",
     "nanovllm.kernels.launch_config",
+    "nanovllm.kernels.fusion_config",
 }
 HEAVY = {"torch", "triton", "numpy", "transformers"}
 

@@ -123,6 +123,43 @@ def test_logprobs(llm: LLM, expected: list[list[int]]) -> None:
     assert output.cumulative_logprob == pytest.approx(total)
 
 
+def test_prompt_logprobs_of_one_token(llm: LLM) -> None:
+    """Nothing predicts the first token, so its entry is None; the list has one entry a token all the same."""
+    for prompt in ([5], [5, 6]):
+        output = llm.generate(prompt, GREEDY.clone(prompt_logprobs=1), use_tqdm=False)[0]
+        assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == len(prompt)
+        assert output.prompt_logprobs[0] is None
+
+
+def test_eos_ids_beyond_the_vocabulary_are_never_sampled(model: str, tmp_path: Path, expected: list[list[int]]) -> None:
+    """`min_tokens` bans EOS by flat index, where an id of a larger tokenizer would mean another request's token."""
+    for file in Path(model).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": [2, {211 + expected[1][0]}]}}')
+    with LLM(str(tmp_path), **SMALL) as other:
+        assert other.engine.eos_token_ids == {2}
+        first = SamplingParams(temperature=0, max_tokens=12, min_tokens=12)
+        outputs = other.generate(PROMPTS[:2], [first, first], use_tqdm=False)
+    assert [output.error for output in outputs] == [None, None] and outputs[1]["token_ids"] == expected[1]
+
+
+def test_a_snapshot_that_says_finished_is_complete(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may end the request while its output is put together."""
+    request = llm.engine.make_request(PROMPTS[0], GREEDY.clone(max_tokens=1))
+    llm.engine.submit([request])
+    snapshot = type(request)._completion_output
+
+    def slow(self: Any, completion: Any) -> Any:
+        before = snapshot(self, completion)
+        llm.engine.step()
+        return before
+
+    monkeypatch.setattr(type(request), "_completion_output", slow)
+    first = request.output()
+    assert request.finished and not first.finished and first.outputs[0].finish_reason is None
+    assert request.output().finished and request.output().outputs[0].finish_reason == "length"
+
+
 # -- mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -146,6 +183,35 @@ def test_bad_requests_are_refused(llm: LLM, prompt: Any, params: Any, error: typ
         llm.generate([PROMPTS[0], prompt], [GREEDY, params], use_tqdm=False)
     assert str(caught.value).startswith("prompt 1: ") and "\n" not in str(caught.value)
     assert not llm.engine.has_unfinished
+
+
+@pytest.mark.parametrize("prompts", [None, 5, (p for p in PROMPTS)])
+def test_prompts_that_are_no_list(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(TypeError, match="prompts must be a string, token ids, or a list of these, got"):
+        llm.generate(prompts, GREEDY, use_tqdm=False)
+
+
+def test_arrays_and_tensors_are_token_ids(llm: LLM, expected: list[list[int]]) -> None:
+    for prompt in (torch.tensor(PROMPTS[0]), torch.tensor(PROMPTS[0]).numpy(), tuple(PROMPTS[0])):
+        assert ids(llm.generate(prompt, GREEDY, use_tqdm=False)) == expected[:1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"enforce_eager": "no"}, "enforce_eager must be True or False, got 'no'"),
+        ({"gpu_memory_utilization": "0.9"}, "gpu_memory_utilization must be in"),
+        ({"seed": "x"}, "seed must be an integer, got 'x'"),
+    ],
+)
+def test_options_of_the_wrong_type(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        LLM("nowhere", **options)
+
+
+def test_a_missing_chat_template_is_an_error(model: str) -> None:
+    with pytest.raises(FileNotFoundError, match="chat_template='nowhere.jinja'"):
+        LLM(model, **SMALL, chat_template="nowhere.jinja")
 
 
 def test_prompt_larger_than_the_cache(model: str) -> None:
@@ -180,6 +246,23 @@ def test_a_processor_that_raises_fails_alone(llm: LLM, expected: list[list[int]]
     assert outputs[1]["token_ids"] == expected[1][:3]
     assert [ids(outputs)[i] for i in (0, 2, 3, 4)] == [expected[i] for i in (0, 2, 3, 4)]
     assert used_blocks(llm) == 0
+
+
+def test_a_processor_may_abort_but_not_run_the_engine(llm: LLM, expected: list[list[int]]) -> None:
+    def nested(prompt: list[int], output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        llm.generate([9], GREEDY, use_tqdm=False)
+        return logits
+
+    def aborting(prompt: list[int], output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        for request_id in list(llm.engine._requests):
+            llm.engine.abort(request_id)
+        return logits
+
+    outputs = llm.generate(PROMPTS[:2], [GREEDY, GREEDY.clone(logits_processors=[nested])], use_tqdm=False)
+    assert outputs[0]["token_ids"] == expected[0] and "must not run the engine" in (outputs[1].error or "")
+    params = GREEDY.clone(logits_processors=[aborting], prompt_logprobs=1)
+    assert llm.generate(PROMPTS[2], params, use_tqdm=False)[0].outputs[0].finish_reason == "abort"
+    assert used_blocks(llm) == 0 and ids(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
 
 
 def test_a_failing_step_ends_its_requests_only(

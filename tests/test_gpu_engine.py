@@ -36,10 +36,18 @@ def errors(rows: list[torch.Tensor], truth: list[torch.Tensor]) -> tuple[float, 
     return difference.abs().max().item(), difference.pow(2).mean().sqrt().item()
 
 
+def converted(model: Any, dtype: torch.dtype) -> Any:
+    """A copy on the GPU in `dtype`; the rotary frequencies stay fp32, as they do when a checkpoint is loaded."""
+    twin = copy.deepcopy(model).to("cuda", dtype)
+    rotary = twin.model.rotary_emb
+    rotary.inv_freq = model.model.rotary_emb.inv_freq.to("cuda", torch.float32)
+    return twin
+
+
 def judge(model: Any, tokens: list[list[int]], prompt_lens: list[int], ours: list[torch.Tensor], dtype: Any) -> None:
     """`ours` against `model` (any dtype, weights representable in `dtype`) computed in fp64 and in `dtype`."""
-    low = copy.deepcopy(model).to("cuda", dtype)
-    high = copy.deepcopy(low).double()
+    low = converted(model, dtype)
+    high = converted(low, torch.float64)
     with torch.device("cuda"):
         truth = [reference_logits(high, seq)[n - 1 :] for seq, n in zip(tokens, prompt_lens, strict=True)]
         theirs = [reference_logits(low, seq)[n - 1 :] for seq, n in zip(tokens, prompt_lens, strict=True)]

@@ -131,3 +131,11 @@ def test_stop_checker_holds_back_no_more_than_needed() -> None:
     assert checker.add("<") == ("", None) and checker.flush() == "<" and checker.flush() == ""
     with pytest.raises(ValueError, match="must not be empty"):
         StopChecker(["a", ""])
+
+
+def test_stop_strings_wait_for_min_tokens() -> None:
+    """What is complete before is plain text; what began before and ends after counts."""
+    checker = StopChecker(["ab"])
+    assert checker.add("xab", may_stop=False) == ("xab", None)
+    assert checker.add("a", may_stop=False) == ("", None)
+    assert checker.add("bc") == ("", "ab")

@@ -204,6 +204,10 @@ def test_other_bad_files(tmp_path: Path) -> None:
     weights.write_bytes(len(table).to_bytes(8, "little") + table + bytes(12))
     with pytest.raises(ValueError, match=r"x of shape \[4\] and type F32 cannot fill 12 bytes"):
         read_all(resolve_model(str(tmp_path)))
+    table = json.dumps({"x": {"dtype": "F32", "shape": [3], "data_offsets": [-12, 0]}}).encode()
+    weights.write_bytes(len(table).to_bytes(8, "little") + table + bytes(12))
+    with pytest.raises(ValueError, match="x lies at bytes -12 to 0.*fetch it again"):
+        read_all(resolve_model(str(tmp_path)))
     save_file({"x": torch.ones(4, dtype=torch.int8)}, weights)
     with pytest.raises(ValueError, match="tensor x in model.safetensors is stored as I8; supported are"):
         read_all(resolve_model(str(tmp_path)))

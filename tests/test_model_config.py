@@ -120,6 +120,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mrope by key": ({"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, "'mrope_section' is not"),
     "per layer type": ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "per layer type .full_attention"),
     "no factor": ({"rope_scaling": {"type": "linear"}}, "'linear' needs 'factor'"),
+    "factor as text": ({"rope_scaling": {"type": "linear", "factor": "two"}}, "factor is 'two', but must be"),
+    "factor 0": ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0, but must be a positive number"),
+    "scaling as number": ({"rope_scaling": 5}, "rotary parameters are 5, but must be an object"),
+    "no eps": ({"rms_norm_eps": None}, "rms_norm_eps is None, but must be a positive number"),
     "llama3 incomplete": ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "needs 'low_freq_factor'"),
     "partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     "partial inside": ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "is 0.5"),
@@ -171,6 +175,9 @@ def test_generation_config_adds_eos_ids_and_defaults(tmp_path: Path) -> None:
     assert defaults.min_p is None and defaults.repetition_penalty is None
     (tmp_path / "generation_config.json").write_text('{"temperature": "hot"}')
     with pytest.raises(ValueError, match="temperature is 'hot', but must be a number"):
+        load_generation_config(source)
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="generation_config.json holds no JSON object"):
         load_generation_config(source)
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(ValueError, match="generation_config.json is not valid JSON"):

@@ -33,7 +33,7 @@ BAD: list[tuple[str, list[Any], str]] = [
     ("min_p", [-0.01, 1.01, NAN, "0", True], MIN_P),
     ("repetition_penalty", [0, -1.0, NAN, INF, "1", True], REPETITION),
     ("seed", [1.0, "1", True, 2**64, -(2**63) - 1], "seed must be an integer of at most 64 bits"),
-    ("n", [0, -1, 1.0, True, None, "2"], "n must be an integer, 1 or more"),
+    ("n", [0, -1, 1.0, True, None, "2", 10**9], "n must be an integer from 1 to 1024"),
     ("max_tokens", [0, -5, 2.0, True, "64"], MAX_TOKENS),
     ("min_tokens", [-1, 1.5, None, True], "min_tokens must be an integer, 0 or more"),
     ("stop", ["", ["a", ""], ["a", 3], 7, {"a": 1}], STOP),

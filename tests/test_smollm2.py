@@ -115,6 +115,17 @@ def test_stop_strings(llm: LLM) -> None:
         assert kept["text"] == text[: text.index(stop) + len(stop)]
 
 
+def test_stop_strings_wait_for_min_tokens(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, stop=" the")
+    lengths = []
+    for min_tokens in (0, 10, 20, 40):
+        *_, last = llm.stream("Once upon a time", params.clone(min_tokens=min_tokens))
+        lengths.append(len(last["token_ids"]))
+        assert lengths[-1] > min_tokens or last.outputs[0].finish_reason == "length"
+        assert last["text"] == llm.get_tokenizer().decode(last["token_ids"]).removesuffix(" the")
+    assert lengths[0] < 10 < lengths[1] <= lengths[2] < 40 == lengths[3]
+
+
 def test_streamed_text_adds_up(llm: LLM) -> None:
     """CJK and emoji: no half characters on the way, the same text at the end."""
     for number in (5, 6):

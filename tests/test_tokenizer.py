@@ -71,6 +71,12 @@ def test_smollm2_splits_digits_before_spaces(text: str, tokens: list[str]) -> No
     assert [OURS.id_to_token(i) for i in OURS.encode(text)] == tokens
 
 
+def test_half_a_surrogate_pair_is_refused() -> None:
+    """JSON can carry one; the tokenizers library would say that the text is no string."""
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        OURS.encode("a\ud800b")
+
+
 def test_special_tokens() -> None:
     assert (OURS.vocab_size, OURS.bos_token_id, OURS.eos_token_id) == (49152, 1, 2)
     assert OURS.token_to_id("<|im_end|>") == 2 and OURS.id_to_token(2) == "<|im_end|>"

@@ -2,7 +2,7 @@
 
     make_request -> submit -> step, step, … -> Request.output()
 
-All methods may be called from any thread: one lock guards them. Whatever a request does wrong ends that request with
+All methods may be called from any thread: a lock guards them. Whatever a request does wrong ends that request with
 `error` set; a step that fails as a whole (say out of memory) ends the requests that were in it. The engine goes on.
 """
 
@@ -50,16 +50,20 @@ class LLMEngine:
         self.model_config = self.runner.model_config
         # Chat models name their end-of-turn token in the tokenizer, the model's config, or both.
         eos = {*self.model_config.eos_token_ids, self.tokenizer.eos_token_id if self.tokenizer else None}
-        self.eos_token_ids = frozenset(token_id for token_id in eos if token_id is not None)
+        # A tokenizer may know more tokens than the model has logits for; those are never sampled.
+        vocab_size = self.model_config.vocab_size
+        self.eos_token_ids = frozenset(i for i in eos if i is not None and 0 <= i < vocab_size)
         self.max_model_len = self.runner.max_model_len
         blocks = BlockManager(self.runner.num_blocks, config.kvcache_block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(config.max_num_seqs, config.max_num_batched_tokens, self.max_model_len, blocks)
         self._requests: dict[str, Request] = {}
         self._owner: dict[int, tuple[Request, Completion]] = {}  # by seq_id, unfinished ones
         self._lock = threading.RLock()
+        self._making = threading.Lock()  # apart from the other, so that requests can be made while a step runs
         self._seq_ids = itertools.count()
         self._random = random.Random(config.seed)
         self._closed = False
+        self._stepping = False
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -86,7 +90,7 @@ class LLMEngine:
         params.check_token_ids(vocab_size)
         if params.stop_strings and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer: load the model with one or use stop_token_ids")
-        with self._lock:
+        with self._making:
             request_id = request_id if request_id is not None else f"request-{next(self._seq_ids)}"
             seed = params.seed if params.seed is not None else self._random.getrandbits(63)
             completions = [
@@ -128,8 +132,11 @@ class LLMEngine:
         """Run one step for everybody; None when there was nothing to do."""
         with self._lock:
             self._check_open()
+            if self._stepping:  # the lock lets its own thread in again
+                raise RuntimeError("a logits processor must not run the engine that waits for it: use another LLM")
             if not self.scheduler.has_unfinished:
                 return None
+            self._stepping = True
             batch = self.scheduler.schedule()
             try:
                 output = self.runner.execute(batch)
@@ -141,6 +148,8 @@ class LLMEngine:
                 raise
             else:
                 self._process(batch, output)
+            finally:
+                self._stepping = False
             decodes = batch.num_decodes
             return StepInfo(batch.num_tokens, batch.num_tokens - decodes)
 
@@ -154,13 +163,13 @@ class LLMEngine:
     def _process(self, batch: ScheduledBatch, output: StepOutput) -> None:
         """Give every sequence its token, then end those that their text or an error ends."""
         for seq, start, entries in output.prompt_logprobs:
-            request, _ = self._owner[seq.seq_id]
-            known = request.prompt_logprobs or [None]  # nothing predicts the first token
-            # A preempted prompt is scored again: take only what is new.
-            request.prompt_logprobs = known + self._with_text(entries[len(known) - start :])
+            if seq.seq_id in self._owner:  # a logits processor may have aborted it in this step
+                request, _ = self._owner[seq.seq_id]
+                known = request.prompt_logprobs or []
+                # A preempted prompt is scored again: take only what is new.
+                request.prompt_logprobs = known + self._with_text(entries[len(known) - start :])
         for seq, error in output.errors:
-            self._owner[seq.seq_id][0].error = error
-            self._end(seq, "error")
+            self._end(seq, "error", error)
         for seq in self.scheduler.update(batch, output.token_ids):
             request, completion = self._owner[seq.seq_id]
             token_id = seq.token_ids[-1]
@@ -177,14 +186,13 @@ class LLMEngine:
     def _fail(self, batch: ScheduledBatch, error: str) -> None:
         self.scheduler.rollback(batch)
         for item in batch.scheduled:
-            owner = self._owner.get(item.seq.seq_id)
-            if owner is not None:
-                owner[0].error = error
-                self._end(item.seq, "error")
+            self._end(item.seq, "error", error)
 
-    def _end(self, seq: EngineSequence, reason: str) -> None:
+    def _end(self, seq: EngineSequence, reason: str, error: str | None = None) -> None:
         """End a sequence from outside; nothing happens if it has ended."""
         if seq.seq_id in self._owner:
+            request, _ = self._owner[seq.seq_id]
+            request.error = error or request.error
             self.scheduler.finish(seq, reason)
             self._forget(seq)
 
@@ -204,7 +212,7 @@ class LLMEngine:
         try:
             return Tokenizer.from_source(self.runner.loaded.source, config.tokenizer, config.chat_template)
         except FileNotFoundError as error:
-            if config.tokenizer is not None:
+            if config.tokenizer is not None or config.chat_template is not None:
                 raise
             logger.warning("no tokenizer, so prompts must be token ids: %s", error)
             return None

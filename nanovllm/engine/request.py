@@ -39,7 +39,7 @@ class Completion:
         if self.stop_checker is None:
             self.text += new_text
             return None
-        visible, stop = self.stop_checker.add(new_text)
+        visible, stop = self.stop_checker.add(new_text, may_stop=self.seq.num_output_tokens > self.seq.min_tokens)
         self.text += visible
         return stop
 
@@ -85,6 +85,8 @@ class Request:
 
     def __post_init__(self) -> None:
         self.num_unfinished = len(self.completions)
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]  # nothing predicts the first token
 
     @property
     def finished(self) -> bool:
@@ -93,28 +95,30 @@ class Request:
 
     def on_token(self, completion: Completion, token_id: int) -> str | None:
         """A completion got a token; returns the stop string it completed, if any."""
-        self.version += 1
         if self.first_token_time is None:
             self.first_token_time = time.monotonic()
-        return completion.on_token(token_id)
+        stop = completion.on_token(token_id)
+        self.version += 1  # last: another thread that sees the new version must find what is new
+        return stop
 
     def on_finished(self, completion: Completion) -> None:
         """A completion's sequence has ended, for whatever reason."""
         completion.flush(self.tokenizer, self.params)
+        if self.num_unfinished == 1:
+            self.finished_time = time.monotonic()
         self.num_unfinished -= 1
         self.version += 1
-        if self.finished:
-            self.finished_time = time.monotonic()
 
     def output(self) -> RequestOutput:
-        """A snapshot for the user."""
+        """A snapshot for the user; other threads may step meanwhile."""
+        finished = self.finished  # read first: a snapshot that calls itself finished must be complete
         first = self.completions[0].seq
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
             outputs=[self._completion_output(completion) for completion in self.completions],
-            finished=self.finished,
+            finished=finished,
             prompt_logprobs=self.prompt_logprobs,
             error=self.error,
             metrics=RequestMetrics(

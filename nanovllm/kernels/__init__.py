@@ -10,4 +10,6 @@ the engine. Importing these modules needs no Triton; it is imported at the first
     kv_cache           store_kv
     decode_attention   decode_attention
     prefill_attention  prefill_attention
+    sample             sample: temperature, noise and argmax
+    rms_norm_linear_fusion  rms_norm_linear: RMSNorm and the linear behind it in one pass (not used by the engine yet)
 """

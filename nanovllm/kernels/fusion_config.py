@@ -63,7 +63,8 @@ class FusionConfig:
     gemv: a program holds `block_n` weight rows of all K columns in registers, in chunks of `block_k`.
     tile: products of [block_n, block_k] by [block_k, block_m], `num_stages` of them in flight.
     `block_n` counts weight rows: with SwiGLU a program writes half as many outputs.
-    `launch_pdl`: programmatic dependent launch; the kernel waits for its predecessor after asking for weights.
+    `launch_pdl`: programmatic dependent launch (Hopper, Triton 3.6): the kernel starts before its predecessor ends and
+    waits for it as late as it can, a gemv after asking for its weights. No policy chooses it yet.
     """
 
     variant: str
@@ -137,8 +138,10 @@ def heuristic(problem: Problem, gpu: Gpu) -> FusionConfig:
     Prototypes of both kernels on an H100 (Qwen3-0.6B's four linears, CUDA graphs): at one row the CUDA-core form took
     77 % of the time of norm and cuBLAS; at 4 and 16 rows tiles with the norm inside took as long as cuBLAS without
     it (27 us a layer), so the norm was free; at 64 rows they took 1.3 times as long.
+    In float32 tiles are never chosen: they sum along K in one chain, and on channels that differ by 1000 that loses
+    more than twice what cuBLAS's split sums lose (H100, 2026-11-23).
     """
-    if problem.m > MAX_GUESSED_ROWS:
+    if problem.m > (4 if problem.element_size == 4 else MAX_GUESSED_ROWS):
         return UNFUSED
     return _gemv(problem, gpu) if problem.m <= 4 else _tile(problem, gpu)
 
@@ -161,8 +164,6 @@ def _gemv(problem: Problem, gpu: Gpu) -> FusionConfig:
 def _tile(problem: Problem, gpu: Gpu) -> FusionConfig:
     """Enough programs for every SM before wide tiles; as many stages as shared memory takes, up to 5."""
     block_m = max(16, next_power_of_2(problem.m))
-    if problem.element_size == 4:
-        return FusionConfig("tile", min(block_m, 32), 32, 32, num_warps=4, num_stages=2)
     block_n = 64 if cdiv(problem.weight_rows, 64) >= gpu.num_sms else 32
     block_k = 128
     stage = (block_n + block_m) * block_k * problem.element_size

@@ -66,7 +66,7 @@ class ColumnParallelLinear(LinearBase):
 
     def load(self, name: str, tensor: torch.Tensor, part: int = 0) -> None:
         """Copy one checkpoint tensor, weight [N, K] or bias [N], into this rank's rows of `part`."""
-        target = self.weight if tensor.dim() == 2 else self.bias
+        target = self.bias if name.endswith(".bias") else self.weight
         if target is None:
             raise ValueError(f"tensor {name} is a bias where the model has none: config.json and weights disagree")
         check_shape(name, (self.full_sizes[part], *target.shape[1:]), tuple(tensor.shape))
@@ -83,6 +83,7 @@ class QKVParallelLinear(ColumnParallelLinear):
 
     def __init__(self, k: int, num_heads: int, num_kv_heads: int, head_dim: int, bias: bool, build: Build) -> None:
         world = build.tp.world_size
+        build.tp.split(num_heads, "the attention heads")
         self.kv_copies = max(1, world // num_kv_heads)
         if num_kv_heads % world and world % num_kv_heads:
             raise ValueError(f"tensor_parallel_size={world} fits neither into nor around {num_kv_heads} KV heads")
@@ -105,7 +106,7 @@ class RowParallelLinear(LinearBase):
 
     def load(self, name: str, tensor: torch.Tensor, part: int = 0) -> None:
         """Copy one checkpoint tensor, weight [N, K] or bias [N]; the bias counts on rank 0 alone."""
-        if tensor.dim() == 1:
+        if name.endswith(".bias"):
             if self.bias is None:
                 raise ValueError(f"tensor {name} is a bias where the model has none: config.json and weights disagree")
             check_shape(name, tuple(self.bias.shape), tuple(tensor.shape))

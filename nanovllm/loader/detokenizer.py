@@ -94,10 +94,14 @@ class StopChecker:
         self._stop, self._include = list(stop), include_stop
         self._held = ""
 
-    def add(self, text: str) -> tuple[str, str | None]:
-        """(text to show now, the stop string that ended it or None). After a stop nothing more may be added."""
+    def add(self, text: str, may_stop: bool = True) -> tuple[str, str | None]:
+        """(text to show now, the stop string that ended it or None). After a stop nothing more may be added.
+
+        With `may_stop=False` (before a request's `min_tokens`) a stop string that this text completes is plain text.
+        """
         text = self._held + text
-        matches = [(start + len(stop), start, stop) for stop in self._stop if (start := text.find(stop)) >= 0]
+        wanted = self._stop if may_stop else []
+        matches = [(start + len(stop), start, stop) for stop in wanted if (start := text.find(stop)) >= 0]
         if matches:
             end, start, stop = min(matches)
             self._held = ""

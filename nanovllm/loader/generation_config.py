@@ -48,6 +48,8 @@ def load_generation_config(source: ModelSource) -> GenerationDefaults:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): fetch it again or delete it") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds no JSON object: fetch it again or delete it")
     return _parse(raw, str(path))
 
 

@@ -18,7 +18,7 @@ from nanovllm.loader.generation_config import as_ids, load_generation_config
 from nanovllm.loader.gguf_config import from_metadata
 from nanovllm.loader.gguf_file import read_gguf
 from nanovllm.loader.resolve import ModelSource
-from nanovllm.loader.rope_config import parse_rope
+from nanovllm.loader.rope_config import as_number, parse_rope
 
 # What an absent key means, by architecture.
 _QWEN = dict(num_key_value_heads=32, max_position_embeddings=32768, sliding_window=4096, max_window_layers=28)
@@ -110,7 +110,7 @@ def parse_config(raw: Mapping[str, Any], origin: str) -> ModelConfig:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=max_position,
-        rms_norm_eps=float(config["rms_norm_eps"]),
+        rms_norm_eps=as_number(config["rms_norm_eps"], "rms_norm_eps", origin),
         rope=parse_rope(config, max_position, origin),
         tie_word_embeddings=bool(config.get("tie_word_embeddings")),
         qkv_bias=bias or architecture == "Qwen2ForCausalLM",

@@ -29,6 +29,8 @@ _OTHERS |= {"truncate", "finetuned"}
 def parse_rope(config: Mapping[str, Any], max_position: int, origin: str) -> RopeConfig:
     """ValueError for a type, key or value that we would have to ignore; `origin` names the file."""
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(scaling, Mapping):
+        raise ValueError(f"{origin}: the rotary parameters are {scaling!r}, but must be an object")
     nested = [key for key, value in scaling.items() if isinstance(value, dict)]
     if nested:
         raise ValueError(f"{origin}: rotary parameters per layer type ({', '.join(nested)}) are not supported")
@@ -46,7 +48,9 @@ def parse_rope(config: Mapping[str, Any], max_position: int, origin: str) -> Rop
     missing = [key for key in _REQUIRED[rope_type] if scaling.get(key) is None]
     if missing:
         raise ValueError(f"{origin}: RoPE type {rope_type!r} needs {missing[0]!r}, which is missing")
-    numbers: dict[str, Any] = {key: float(scaling[key]) for key in _NUMBERS if scaling.get(key) is not None}
+    numbers: dict[str, Any] = {
+        key: as_number(scaling[key], key, origin) for key in sorted(_NUMBERS) if scaling.get(key) is not None
+    }
     original = None
     if rope_type in ("llama3", "yarn"):
         name = "original_max_position_embeddings"  # beside the parameters it wins over inside them
@@ -54,11 +58,23 @@ def parse_rope(config: Mapping[str, Any], max_position: int, origin: str) -> Rop
         numbers.setdefault("factor", max_position / original)
     return RopeConfig(
         rope_type=rope_type,
-        theta=float(_first(scaling.get("rope_theta"), config.get("rope_theta"), 10000.0)),
+        theta=as_number(_first(scaling.get("rope_theta"), config.get("rope_theta"), 10000.0), "rope_theta", origin),
         original_max_position=original,
         truncate=bool(_first(scaling.get("truncate"), True)),
         **numbers,
     )
+
+
+def as_number(value: Any, key: str, origin: str) -> float:
+    """A positive number from a config.json (YaRN's two mscale may be 0); ValueError for anything else."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or value < 0
+        or (value == 0 and "mscale" not in key)
+    ):
+        raise ValueError(f"{origin}: {key} is {value!r}, but must be a positive number")
+    return float(value)
 
 
 def _first(*values: Any) -> Any:

@@ -107,6 +107,8 @@ def read_table(file: Path) -> list[StoredTensor]:
 
 def _entry(file: Path, data: int, name: str, entry: dict[str, Any]) -> StoredTensor:
     begin, end = entry["data_offsets"]
+    if not 0 <= begin <= end:
+        raise ValueError(f"{name} lies at bytes {begin} to {end}")
     shape = tuple(entry["shape"])
     tensor = StoredTensor(file, name, str(entry["dtype"]), shape, data + begin, end - begin)
     if tensor.dtype in _DTYPES and tensor.size != prod(shape) * _DTYPES[tensor.dtype].itemsize:

@@ -69,7 +69,7 @@ def load_weights(model: LlamaForCausalLM, weights: Iterable[tuple[str, torch.Ten
     if missing:
         some = ", ".join(sorted(missing)[:3])
         raise ValueError(
-            f"{len(missing)} tensors are missing from the weights ({some}{', …' if len(missing) > 3 else ''}): "
+            f"the weights lack {len(missing)} of the model's tensors ({some}{', …' if len(missing) > 3 else ''}): "
             "the download is incomplete or belongs to another config.json"
         )
 

@@ -1,0 +1,140 @@
+"""`AsyncLLM` when things go wrong: ids used twice, lost wake-ups, closed event loops, an engine thread that dies."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_models import save_model
+
+from nanovllm import AsyncLLM, SamplingParams
+from nanovllm.async_llm import _Subscriber
+
+LONG = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+SMALL: dict[str, Any] = dict(max_model_len=128, num_kvcache_blocks=64, max_num_batched_tokens=64, max_num_seqs=8)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("llama")
+    save_model("llama", path)
+    return str(path)
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(main, 60))
+
+
+async def last(llm: AsyncLLM, request_id: str) -> Any:
+    return [output async for output in llm.generate([5, 6, 7], LONG, request_id=request_id)][-1]
+
+
+def test_an_id_in_use_does_not_touch_its_owner(model: str) -> None:
+    async def main() -> None:
+        async with AsyncLLM(model, **SMALL, show_progress=False) as llm:
+            stream = llm.generate([5, 6, 7], LONG, request_id="mine")
+            await anext(stream)
+            with pytest.raises(ValueError, match="'mine' is in use"):
+                await last(llm, "mine")
+            outputs = [output async for output in stream]
+            assert outputs[-1].outputs[0].finish_reason == "length"
+
+    run(main())
+
+
+def test_cancelled_before_and_while_running(model: str) -> None:
+    async def main() -> None:
+        async with AsyncLLM(model, **SMALL, show_progress=False) as llm:
+            tasks = [asyncio.create_task(last(llm, str(i))) for i in range(6)]
+            await asyncio.sleep(0)
+            tasks[0].cancel()
+            await anext(llm.generate([5], LONG))
+            tasks[1].cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            assert [isinstance(result, asyncio.CancelledError) for result in results] == [True] * 2 + [False] * 4
+            assert {result.outputs[0].finish_reason for result in results[2:]} == {"length"}  # type: ignore[union-attr]
+            assert not llm._subscribers.keys() & {"0", "1", "2", "3", "4", "5"}
+
+    run(main())
+
+
+def test_close_ends_what_runs(model: str) -> None:
+    async def main() -> None:
+        llm = AsyncLLM(model, **SMALL, show_progress=False)
+        tasks = [asyncio.create_task(last(llm, str(i))) for i in range(12)]  # more than fit: some wait
+        await asyncio.sleep(0)
+        await llm.close()
+        for output in await asyncio.gather(*tasks):
+            assert output.finished and output.outputs[0].finish_reason == "abort"
+        with pytest.raises(RuntimeError, match="closed"):
+            await last(llm, "late")
+
+    run(main())
+
+
+def test_a_close_between_two_looks_is_not_lost(model: str) -> None:
+    """The thread must clear its wake-up call before it looks for work, or a close in between is never seen."""
+
+    class Racing(threading.Event):
+        def clear(self) -> None:
+            llm._closing = True  # what close() does, at the worst moment
+            self.set()
+            super().clear()
+
+    llm = AsyncLLM(model, **SMALL, show_progress=False)
+    sleeping, llm._wake = llm._wake, Racing()
+    sleeping.set()
+    llm._thread.join(10)
+    assert not llm._thread.is_alive()
+
+
+def test_nobody_waits_for_a_dead_thread(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step() -> None:
+        raise SystemError("broken")
+
+    async def main() -> None:
+        llm = AsyncLLM(model, **SMALL, show_progress=False)
+        monkeypatch.setattr(llm.engine, "step", step)
+        output = await last(llm, "mine")
+        assert output.finished and output.outputs[0].finish_reason == "abort"
+        llm._thread.join(10)
+        with pytest.raises(RuntimeError, match="closed"):
+            await last(llm, "late")
+
+    monkeypatch.setattr(threading, "excepthook", lambda details: None)  # which would print the error
+    run(main())
+
+
+def test_an_event_loop_never_waits_for_a_step(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests come, go and are aborted while the engine's lock is held; all of it happens after the step."""
+
+    async def main() -> None:
+        async with AsyncLLM(model, **SMALL, show_progress=False) as llm:
+            held = threading.Event()
+            execute = llm.engine.runner.execute
+            monkeypatch.setattr(llm.engine.runner, "execute", lambda batch: held.wait(30) and execute(batch))
+            tasks = [asyncio.create_task(last(llm, str(i))) for i in range(4)]
+            for _ in range(5):
+                await asyncio.sleep(0.01)
+            tasks[1].cancel()
+            await llm.abort("2")
+            with pytest.raises(asyncio.CancelledError):
+                await tasks[1]
+            assert not held.is_set()
+            held.set()
+            assert [(await tasks[i]).outputs[0].finish_reason for i in (0, 2, 3)] == ["length", "abort", "length"]
+
+    run(main())
+
+
+def test_a_closed_event_loop_does_not_stop_the_others() -> None:
+    def closed(callback: Any) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    loop: Any = SimpleNamespace(is_closed=lambda: False, call_soon_threadsafe=closed)  # closed since it was asked
+    request: Any = SimpleNamespace(version=1)
+    _Subscriber(request, loop).publish()

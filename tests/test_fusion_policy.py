@@ -1,0 +1,214 @@
+"""The launch policy of the fused operator as a policy; its tables as data; its configurations through the compiler."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanovllm.kernels import fusion_config, jit, rms_norm_linear_fusion, rms_norm_linear_kernels
+from nanovllm.kernels.fusion_config import (
+    ELEMENT_SIZES,
+    TABLES,
+    UNFUSED,
+    FusionConfig,
+    Problem,
+    TunedRow,
+    choose,
+    heuristic,
+    load_table,
+    lookup,
+    table_name,
+)
+from nanovllm.kernels.launch_config import H100, Gpu
+
+CONSUMER = Gpu(num_sms=82, shared_memory=99 * 1024)
+INTERPRETER = Gpu(num_sms=4, shared_memory=99 * 1024)
+WIDTHS = (1, 7, 64, 100, 1024, 2560, 4096, 5120, 12288, 16384)
+
+numbers = st.integers(1, 4096)
+configs = st.one_of(
+    st.just(UNFUSED),
+    st.builds(lambda n, k, w, pdl: FusionConfig("gemv", 0, n, k, w, launch_pdl=pdl), *[numbers] * 3, st.booleans()),
+    st.builds(FusionConfig, st.just("tile"), *[numbers] * 5, st.booleans()),
+)
+
+
+@given(configs)
+def test_text_is_a_config_s_other_form(config: FusionConfig) -> None:
+    assert FusionConfig.parse(str(config)) == config
+
+
+@pytest.mark.parametrize("text", ["", "gemv", "gemv/1/2", "tile/1/2/3/4/5/6", "gemv/1/2/x", "unfused/1", "gemv/1/2/3/"])
+def test_other_text_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="no fusion config"):
+        FusionConfig.parse(text)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("gpu", [H100, CONSUMER, INTERPRETER], ids=["h100", "consumer", "interpreter"])
+def test_the_heuristic_always_gives_something_that_runs(width: int, gpu: Gpu) -> None:
+    for m, n, dtype, swiglu in itertools.product(
+        (1, 3, 4, 5, 16, 17, 64, 9999), (1, 63, 200_000), ELEMENT_SIZES, (0, 1)
+    ):
+        problem = Problem(m, n, width, dtype, bool(swiglu))
+        config = heuristic(problem, gpu)
+        assert config.faults(problem, gpu) == [], (problem, config)
+        assert config.variant == ("gemv" if m <= 4 else "tile" if m <= 16 else "unfused")
+
+
+def test_a_lone_row_reaches_every_sm() -> None:
+    for n, k in ((4096, 1024), (6144, 4096), (3072, 2048)):
+        config = heuristic(Problem(1, n, k), H100)
+        assert n // config.block_n >= 2 * H100.num_sms
+
+
+FAULTS = {
+    "gemv/3/64/1": (Problem(1, 8, 64), "block_n=3 is no power of two"),
+    "gemv/0/64/1": (Problem(1, 8, 64), "block_n=0"),
+    "gemv/1/64/1": (Problem(1, 8, 64, swiglu=True), "block_n >= 2"),
+    "gemv/8/64/64": (Problem(1, 8, 64), "more than 32"),
+    "gemv/8/64/4": (Problem(9, 8, 64), "at most 8 rows"),
+    "gemv/64/1024/4": (Problem(1, 8, 4096), "registers of 4 warps"),
+    "tile/8/64/64/4/2": (Problem(9, 8, 64), "block_m must be at least 16"),
+    "tile/16/64/64/4/0": (Problem(9, 8, 64), "num_stages must be at least 1"),
+    "tile/64/128/128/8/6": (Problem(9, 8, 64), "shared memory"),
+}
+
+
+@pytest.mark.parametrize("text", FAULTS)
+def test_faults_are_named(text: str) -> None:
+    problem, sentence = FAULTS[text]
+    assert sentence in "; ".join(FusionConfig.parse(text).faults(problem, H100))
+
+
+def test_bytes_moved() -> None:
+    qkv = Problem(1, 4096, 1024)
+    assert qkv.bytes_moved() == 2 * (4096 * 1024 + 1024 + 4096)
+    assert qkv.bytes_moved(fused=False) - qkv.bytes_moved() == 2 * 2 * 1024  # the normalised row, written and read
+    gate_up = Problem(4, 3072, 1024, "float32", swiglu=True)
+    assert gate_up.bytes_moved() == 4 * (6144 * 1024 + 4 * (1024 + 3072))
+    assert gate_up.bytes_moved(fused=False) - gate_up.bytes_moved() == 4 * 2 * 4 * (1024 + 6144)
+
+
+# ------------------------------------------------------------------------------------------------------- tables
+
+
+def row(m: int, n: int, k: int, config: str, dtype: str = "bfloat16", swiglu: bool = False) -> TunedRow:
+    return TunedRow(Problem(m, n, k, dtype, swiglu), FusionConfig.parse(config), 1.0, 2.0)
+
+
+ROWS = (
+    row(1, 4096, 1024, "gemv/8/1024/4"),
+    row(4, 4096, 1024, "gemv/4/1024/4"),
+    row(16, 4096, 1024, "unfused"),
+    row(1, 6144, 4096, "gemv/2/2048/8"),
+    row(16, 6144, 4096, "tile/16/64/128/4/4"),
+)
+
+
+@pytest.mark.parametrize(
+    ("problem", "config"),
+    [
+        (Problem(1, 4096, 1024), "gemv/8/1024/4"),
+        (Problem(2, 4096, 1024), "gemv/4/1024/4"),  # the next larger M that was measured
+        (Problem(5, 4096, 1024), "unfused"),
+        (Problem(17, 4096, 1024), None),  # beyond the table
+        (Problem(9, 5120, 4096), "tile/16/64/128/4/4"),  # the nearest weight
+        (Problem(1, 4096, 500), None),  # none is near
+        (Problem(1, 4096, 1024, "float16"), None),
+        (Problem(1, 4096, 1024, swiglu=True), None),
+    ],
+)
+def test_lookup(problem: Problem, config: str | None) -> None:
+    found = lookup(problem, ROWS)
+    assert (None if found is None else str(found)) == config
+
+
+def write_table(folder: Path, *rows: dict[str, Any]) -> Path:
+    path = folder / table_name("Some GPU (80GB)")
+    path.write_text(json.dumps({"rows": rows}))
+    return path
+
+
+SOUND = dict(m=1, n=8, k=64, dtype="bfloat16", swiglu=False, config="gemv/2/64/1", fused_us=1.0, unfused_us=2.0)
+
+
+def test_choose_reads_the_device_s_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(1, 8, 64)
+    monkeypatch.setattr(fusion_config, "TABLES", tmp_path)
+    choose.cache_clear()
+    write_table(tmp_path, SOUND)
+    assert str(choose(problem, "Some GPU (80GB)", H100)) == "gemv/2/64/1"
+    assert choose(problem, "Another GPU", H100) == heuristic(problem, H100)
+    choose.cache_clear()
+
+
+def test_a_row_that_does_not_fit_the_gpu_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(16, 8, 64)
+    monkeypatch.setattr(fusion_config, "TABLES", tmp_path)
+    choose.cache_clear()
+    write_table(tmp_path, {**SOUND, "m": 16, "config": "tile/16/128/256/4/3"})
+    assert choose(problem, "Some GPU (80GB)", CONSUMER) == heuristic(problem, CONSUMER)
+    choose.cache_clear()
+
+
+@pytest.mark.parametrize("bad", [{"config": "fast"}, {"m": "one"}, {"unfused_us": None}])
+def test_a_broken_table_is_named(tmp_path: Path, bad: dict[str, Any]) -> None:
+    path = write_table(tmp_path, {**SOUND, **bad})
+    with pytest.raises(ValueError, match="is no table of rms_norm_linear"):
+        load_table(path)
+
+
+@pytest.mark.parametrize("path", sorted(TABLES.glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_tables(path: Path) -> None:
+    """Each problem once, each configuration able to run, none slower than norm and GEMM; and where it comes from."""
+    table = json.loads(path.read_text())
+    assert path.name == table_name(table["device"])
+    assert {"date", "torch", "triton", "command", "commit"} <= set(table)
+    rows = load_table(path)
+    assert len({row.problem for row in rows}) == len(rows) > 0
+    for row in rows:
+        assert row.config.faults(row.problem, H100) == []
+        assert row.config == UNFUSED or row.fused_us <= row.unfused_us
+
+
+def test_the_policy_is_pure() -> None:
+    assert not {"torch", "triton"} & set(vars(fusion_config))
+
+
+# ----------------------------------------------------------------------------------------------------- compiler
+
+PROBLEMS = [(1, 4096, 1024, False), (4, 3072, 2560, True), (3, 1001, 4095, False), (16, 3072, 1024, True)]
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("target", ["h100", "consumer"])
+def test_what_the_policy_chooses_compiles(target: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from test_kernels_compile import TARGETS, CompileOnly
+
+    gpu, capability = TARGETS[target]
+    compiled: list[str] = []
+    monkeypatch.setattr(rms_norm_linear_fusion, "use_triton", lambda x: True)
+    monkeypatch.setattr(rms_norm_linear_fusion, "gpu_of", lambda device: gpu)
+    jit._materialise(vars(rms_norm_linear_kernels))
+    for name in ("gemv_kernel", "tile_kernel"):
+        kernel = getattr(rms_norm_linear_kernels, name)
+        monkeypatch.setattr(rms_norm_linear_kernels, name, CompileOnly(kernel, gpu, capability, compiled))
+    choose.cache_clear()
+    for m, n, k, swiglu in PROBLEMS:
+        x, weight = (torch.zeros(rows, k, dtype=getattr(torch, dtype)) for rows in (m, 2 * n if swiglu else n))
+        rest = {"bias": weight[:, 0].contiguous(), "residual": x.new_zeros(m, n)} if swiglu else {}
+        activation = "swiglu" if swiglu else None
+        rms_norm_linear_fusion.rms_norm_linear(x, weight, x[0], 1e-6, activation=activation, **rest)
+    choose.cache_clear()
+    assert compiled == ["gemv_kernel"] * 3 + ["tile_kernel"]
