@@ -61,7 +61,7 @@ def test_the_heuristic_always_gives_something_that_runs(width: int, gpu: Gpu) ->
         problem = Problem(m, n, width, dtype, bool(swiglu))
         config = heuristic(problem, gpu)
         assert config.faults(problem, gpu) == [], (problem, config)
-        assert config.variant == ("gemv" if m <= 4 else "tile" if m <= 16 else "unfused")
+        assert config.variant == ("gemv" if m <= 4 else "tile" if m <= 16 and dtype != "float32" else "unfused")
 
 
 def test_a_lone_row_reaches_every_sm() -> None:
@@ -211,4 +211,5 @@ def test_what_the_policy_chooses_compiles(target: str, dtype: str, monkeypatch: 
         activation = "swiglu" if swiglu else None
         rms_norm_linear_fusion.rms_norm_linear(x, weight, x[0], 1e-6, activation=activation, **rest)
     choose.cache_clear()
-    assert compiled == ["gemv_kernel"] * 3 + ["tile_kernel"]
+    assert compiled[:3] == ["gemv_kernel"] * 3
+    assert compiled[3:] == ([] if dtype == "float32" else ["tile_kernel"])  # float32 stays unfused there
