@@ -1,5 +1,6 @@
-"""Attention of one query token a sequence against its paged keys and values (flash-decoding, arXiv 2307.08691 § 3.1).
+"""Attention of one query token a sequence against its paged keys and values.
 
+The scheme is Flash-Decoding's (Dao, Haziza, Massa and Sizov, 2023): the keys are split over programs, then merged.
 Grid: (sequence x KV head, split). The query heads that share a KV head form the rows of one matrix product, so each
 K and V element is read once. A sequence's keys are cut into splits whose number every program derives from
 `context_lens` on the device: the grid depends on host integers only, and one CUDA graph serves every context length.
