@@ -116,7 +116,7 @@ class Request:
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
-            prompt_token_ids=self.prompt_token_ids,
+            prompt_token_ids=list(self.prompt_token_ids),  # a copy: the engine goes on reading its own
             outputs=[self._completion_output(completion) for completion in self.completions],
             finished=finished,
             prompt_logprobs=self.prompt_logprobs,
