@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-cpu test-interpret gpu-test venv venv-dev clean
+.PHONY: help demo test lint format test-cpu test-interpret gpu-test report venv venv-dev clean
 
 export MAKE_GOAL := $(firstword $(MAKECMDGOALS))
 ifdef PYTHON
@@ -42,6 +42,9 @@ test-interpret: venv-dev ## Triton's interpreter runs the kernels on the CPU
 gpu-test: ## the gpu tier, in the environment of GPU_PYTHON
 	@$(GPU_PYTHON) -c 'import torch; raise SystemExit(0 if torch.cuda.is_available() else "error: $(GPU_PYTHON) sees no CUDA GPU; run this where there is one, with GPU_PYTHON=python of an environment that has a CUDA build of torch")'
 	$(GPU_PYTHON) -m pytest -m gpu --require-gpu $(PYTEST_ARGS)
+
+report: venv-dev ## plots, tables and the numbers in documents, from benchmarks/bench_results/metrics.csv
+	@$(BIN)/python benchmarks/report.py
 
 format: venv-dev ## rewrite the code the way `make lint` wants it
 	@$(BIN)/ruff check --fix .

@@ -35,7 +35,10 @@ def main() -> None:
     parser.add_argument("--model", default="Qwen3-0.6B", help=f"{', '.join(SHAPES)} (random weights) or a path")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--prompt", type=int, nargs="+", default=[128, 1024, 2048])
+    parser.add_argument("--context", type=int, nargs="+", default=[128], help="prompt lengths of the decode test")
+    parser.add_argument("--fusion", nargs="+", default=["auto"], choices=["auto", "on", "off"], help="one engine each")
     parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--no-async-scheduling", action="store_true")
     parser.add_argument("--csv", type=Path, default=METRICS)
     args = parser.parse_args()
     records: list[Record] = []
@@ -44,14 +47,15 @@ def main() -> None:
 
         records += measure_cpu()
     if set(args.test) - {"cpu"}:
-        records += measure_engine(args)
+        for fusion in args.fusion:
+            records += measure_engine(args, fusion)
     for r in records:
         what = f"{r.engine:24} {r.model:22} {r.test:9} batch {r.batch:>3} prompt {r.prompt:>8}"
         print(f"{what} {r.metric:>19} {r.value:10.4g}")
     write(records, args.csv)
 
 
-def measure_engine(args: argparse.Namespace) -> list[Record]:
+def measure_engine(args: argparse.Namespace, fusion: str) -> list[Record]:
     """All GPU tests of one model in one engine."""
     with tempfile.TemporaryDirectory() as directory:
         path, load = args.model, "auto"
@@ -59,24 +63,33 @@ def measure_engine(args: argparse.Namespace) -> list[Record]:
             path, load = str(write_config(args.model, Path(directory))), "dummy"
         started = time.perf_counter()
         llm = LLM(
-            path, load_format=load, max_model_len=4096, enforce_eager=args.enforce_eager, enable_prefix_caching=False
-        )
+            path, load_format=load, max_model_len=max(4096, *(n + 512 for n in args.context)), fusion=fusion,
+            enforce_eager=args.enforce_eager, async_scheduling=False if args.no_async_scheduling else None,
+            enable_prefix_caching=False,
+        )  # fmt: skip
         ready = time.perf_counter() - started
     device = llm.engine.runner.device.type
     base = dict(
         model=args.model, version=__version__, dtype=str(llm.engine.runner.dtype).removeprefix("torch."),
         weights="random" if load == "dummy" else "real",
-        options="enforce_eager" if args.enforce_eager else "", **provenance(device),
+        options=options(args, fusion), **provenance(device),
     )  # fmt: skip
     records = [Record("start", "load_to_ready_s", ready, **base)]
     with llm:
         if "decode" in args.test:
-            records += [record for batch in args.batch for record in decode(llm, batch, base)]
+            for length in args.context:
+                records += [record for batch in args.batch for record in decode(llm, batch, base, length)]
         if "prefill" in args.test:
             records += [prefill(llm, length, base) for length in args.prompt]
         if "workload" in args.test:
             records += workload(llm, base)
     return records
+
+
+def options(args: argparse.Namespace, fusion: str) -> str:
+    """What differs from the engine's defaults, as text."""
+    found = [f"fusion={fusion}"] * (fusion != "auto") + ["enforce_eager"] * args.enforce_eager
+    return " ".join(found + ["async_scheduling=False"] * args.no_async_scheduling)
 
 
 def _prompts(rng: Random, count: int, length: int, vocab: int = 10000) -> list[list[int]]:

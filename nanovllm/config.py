@@ -113,6 +113,12 @@ class EngineConfig:
     )
     enable_prefix_caching: bool = _option(True, "reuse the KV of prompt prefixes seen before")
     enforce_eager: bool = _option(False, "no CUDA graphs")
+    fusion: str = _option(
+        "auto", "fused kernels for decode steps of few rows: auto (where they can), on (or an error), off"
+    )
+    async_scheduling: bool | None = _option(
+        None, "prepare a step while the one before it still runs; default: on a GPU yes, on the CPU no"
+    )
     attention_backend: str = _option("auto", "auto, triton, sdpa, flash_attn or flashinfer")
     tensor_parallel_size: int = _option(1, "GPUs that share the model")
     seed: int = _option(0, "draws the sampling seeds of requests that bring none, and dummy weights")
@@ -154,6 +160,9 @@ class EngineConfig:
                 "every running sequence needs one token a step; lower the first or raise the second"
             )
         _require_choice("dtype", self.dtype, DTYPES)
+        _require_choice("fusion", self.fusion, ("auto", "on", "off"))
+        if self.async_scheduling is not None and not isinstance(self.async_scheduling, bool):
+            raise ValueError(f"async_scheduling must be True, False or None, got {self.async_scheduling!r}")
         _require_choice("load_format", self.load_format, ("auto", "dummy"))
         _require_choice(
             "attention_backend", self.attention_backend, ("auto", "triton", "sdpa", "flash_attn", "flashinfer")

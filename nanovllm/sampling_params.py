@@ -76,6 +76,16 @@ class ResolvedSampling:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     @property
+    def follows_output(self) -> bool:
+        """Whether the host must know every earlier token before it can say how the next one is chosen."""
+        return self.has_penalties or bool(self.logits_processors) or bool(self.min_tokens and self.end_token_ids)
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether more is done to the logits than scaling them and cutting off the unlikely."""
+        return self.follows_output or bool(self.logit_bias)
+
+    @property
     def has_filters(self) -> bool:
         """Whether some tokens are cut off. A greedy choice survives every cut."""
         return not self.is_greedy and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)

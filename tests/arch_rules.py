@@ -32,17 +32,20 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {"engine", "models", "fusion", "layers", "kernels", "loader", "utils"} | CONTRACT,
     "llm": {"llm", "engine", "loader", "utils"} | CONTRACT,
     "async_llm": {"async_llm", "llm", "engine", "loader", "utils"} | CONTRACT,
+    "profiling": {"profiling", "llm"} | CONTRACT,
     "": {"llm", "async_llm", "fusion"} | CONTRACT,
 }
 BELOW_THE_TOP = set(ALLOWED)
 ALLOWED["server"] = {"server"} | BELOW_THE_TOP
-ALLOWED["cli"] = {"cli", "server"} | BELOW_THE_TOP
+ALLOWED["tuning"] = {"tuning", "kernels", "config", "utils"}  # measures kernels; only the command line imports it
+ALLOWED["cli"] = {"cli", "server", "tuning"} | BELOW_THE_TOP
 ALLOWED["__main__"] = {"cli"}
 
 OUTSIDE = {"benchmarks", "tests", "examples", "scripts"}  # the package never imports its own surroundings
 
 # Modules that run without torch, triton and numpy, whatever they import in turn.
 PURE = {f"nanovllm.engine.{name}" for name in ("sequence", "block_manager", "scheduler", "batch")} | {
+    *(f"nanovllm.profiling.{name}" for name in ("trace", "attribute", "facts", "distil", "report", "timeline", "nsys")),
     "nanovllm",
     "nanovllm.config",
     "nanovllm.outputs",

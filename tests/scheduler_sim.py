@@ -80,6 +80,7 @@ class FakeModel:
         assert all(item.is_decode for item in batch.scheduled[: batch.num_decodes])
         for item in batch.scheduled[: batch.num_decodes]:
             assert item.num_tokens == 1 and item.samples
+            assert not self.is_lost(item) or item.seq.is_finished
             self.read(item, item.start)  # a decode needs nothing that this step stores for others
         slots = self.store(batch)
         assert len(set(slots)) == len(slots), "two tokens of one step share a slot"
@@ -87,19 +88,24 @@ class FakeModel:
             self.read(item, item.context_len)
         return [next_token(i.seq.token_ids[: i.context_len]) for i in batch.scheduled if i.samples]
 
+    @staticmethod
+    def is_lost(item: ScheduledSequence) -> bool:
+        """Whether the sequence was ended while its token was in flight: what is run for it is never looked at."""
+        return item.context_len > item.seq.num_tokens
+
     def store(self, batch: ScheduledBatch, garbage: bool = False) -> list[int]:
         written = []
         for item in batch.scheduled:
             prints = fingerprints(item.seq)
             for position, slot in zip(item.positions, item.slots(self.block_size), strict=True):
                 if slot >= 0:
-                    self.kv[slot] = GARBAGE if garbage else prints[position]
+                    self.kv[slot] = GARBAGE if garbage or self.is_lost(item) else prints[position]
                     written.append(slot)
         return written
 
     def read(self, item: ScheduledSequence, context_len: int) -> None:
         prints = fingerprints(item.seq)
-        for position in range(context_len):
+        for position in range(0 if self.is_lost(item) else context_len):
             index, offset = divmod(position, self.block_size)
             slot = item.block_table[index] * self.block_size + offset
             assert self.kv.get(slot) == prints[position], f"{item.seq.request_id}: wrong KV at position {position}"
@@ -163,5 +169,7 @@ def check_batch(scheduler: Scheduler, batch: ScheduledBatch) -> None:
     assert not set(ids) & {seq.seq_id for seq in batch.preempted}
     assert not (batch.preempted and batch.admitted), "admission right after preemption thrashes"
     for item in batch.scheduled:
-        assert item.num_tokens >= 1 and item.seq.num_computed_tokens == item.context_len <= item.seq.num_tokens
-        assert item.samples == (item.context_len == item.seq.num_tokens)
+        seq = item.seq
+        assert item.num_tokens >= 1 and seq.num_computed_tokens == item.context_len
+        assert item.samples == (item.context_len >= seq.num_tokens)
+        assert item.context_len == seq.num_tokens + seq.num_in_flight - 1 if item.samples else seq.num_in_flight == 0

@@ -125,6 +125,8 @@ BROKEN = {
     "loader imports models": ("directions", "nanovllm/loader/a.py", "from nanovllm.models import registry", "models"),
     "fusion imports models": ("directions", "nanovllm/fusion/a.py", "from nanovllm.models import llama", "models"),
     "llm imports cli": ("directions", "nanovllm/llm.py", "from nanovllm.cli import main", "cli"),
+    "engine imports tuning": ("directions", "nanovllm/engine/a.py", "from nanovllm.tuning import cases", "tuning"),
+    "kernels import tuning": ("directions", "nanovllm/kernels/a.py", "import nanovllm.tuning.table", "tuning"),
     "engine imports server": ("directions", "nanovllm/engine/a.py", "import nanovllm.server.api", "server"),
     "in a function": ("directions", "nanovllm/layers/a.py", "def f():\n    from nanovllm.engine import x", "engine"),
     "by name": ("directions", "nanovllm/layers/a.py", "import_module('nanovllm.engine.x')", "engine"),

@@ -115,8 +115,8 @@ def test_an_event_loop_never_waits_for_a_step(model: str, monkeypatch: pytest.Mo
     async def main() -> None:
         async with AsyncLLM(model, **SMALL, show_progress=False) as llm:
             held = threading.Event()
-            execute = llm.engine.runner.execute
-            monkeypatch.setattr(llm.engine.runner, "execute", lambda batch: held.wait(30) and execute(batch))
+            launch = llm.engine.runner.launch
+            monkeypatch.setattr(llm.engine.runner, "launch", lambda batch: held.wait(30) and launch(batch))
             tasks = [asyncio.create_task(last(llm, str(i))) for i in range(4)]
             for _ in range(5):
                 await asyncio.sleep(0.01)

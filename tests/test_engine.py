@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_lives import random_life
 from tiny_models import save_model
 
 from nanovllm import LLM, AsyncLLM, SamplingParams
@@ -30,15 +31,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def llm(model: str) -> Iterator[LLM]:
-    with LLM(model, **SMALL) as llm:
+@pytest.fixture(scope="module", params=[False, True], ids=["one-step-at-a-time", "async"])
+def llm(model: str, request: pytest.FixtureRequest) -> Iterator[LLM]:
+    with LLM(model, **SMALL, async_scheduling=request.param) as llm:
         yield llm
 
 
 @pytest.fixture(scope="module")
-def expected(llm: LLM) -> list[list[int]]:
-    return [llm.generate(prompt, GREEDY, use_tqdm=False)[0]["token_ids"] for prompt in PROMPTS]
+def expected(model: str) -> list[list[int]]:
+    with LLM(model, **SMALL, async_scheduling=False) as llm:
+        return [llm.generate(prompt, GREEDY, use_tqdm=False)[0]["token_ids"] for prompt in PROMPTS]
 
 
 def ids(outputs: Any) -> list[list[int]]:
@@ -151,7 +153,8 @@ def test_a_snapshot_that_says_finished_is_complete(llm: LLM, monkeypatch: pytest
 
     def slow(self: Any, completion: Any) -> Any:
         before = snapshot(self, completion)
-        llm.engine.step()
+        while llm.engine.has_unfinished:
+            llm.engine.step()
         return before
 
     monkeypatch.setattr(type(request), "_completion_output", slow)
@@ -269,7 +272,7 @@ def test_a_failing_step_ends_its_requests_only(
     llm: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An exception in a step leaks no blocks (nano-vLLM's does) and leaves the engine serving."""
-    original = llm.engine.runner.execute
+    original = llm.engine.runner.launch
     calls = iter(range(100))
 
     def failing(batch: Any) -> Any:
@@ -277,7 +280,7 @@ def test_a_failing_step_ends_its_requests_only(
             raise RuntimeError("device on fire")
         return original(batch)
 
-    monkeypatch.setattr(llm.engine.runner, "execute", failing)
+    monkeypatch.setattr(llm.engine.runner, "launch", failing)
     outputs = llm.generate(PROMPTS[:3], GREEDY, use_tqdm=False)
     assert all(output.error == "the step failed: device on fire" for output in outputs)
     monkeypatch.undo()
@@ -370,3 +373,15 @@ def test_inputs_travel_in_one_copy_and_buffers_stay(llm: LLM) -> None:
     llm.generate(PROMPTS[:4], GREEDY, use_tqdm=False)
     assert (inputs.decode.num_copies - start[0], inputs.mixed.num_copies - start[1]) == (11, 2)
     assert views == [inputs.decode_view(4).input_ids.data_ptr(), inputs.decode_view(4).attention.block_table.data_ptr()]
+
+
+def test_async_scheduling_changes_no_token(model: str) -> None:
+    """Random arrivals, stops and aborts, preemptions among them: the same tokens whoever waits for whom."""
+    results = []
+    for overlap in (False, True):
+        with LLM(model, **{**SMALL, "num_kvcache_blocks": 24}, async_scheduling=overlap) as llm:
+            results.append(random_life(llm, seed=7, num_steps=150, vocab_size=211)[0])
+            assert used_blocks(llm) == 0
+    assert len(results[0]) > 25
+    both = set(results[0]) & set(results[1])
+    assert len(both) > 25 and all(results[0][i] == results[1][i] for i in both)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_lives import random_life
 from test_model_parity import teacher_forced
 from tiny_models import CASES, reference_logits, save_model
 
@@ -93,6 +94,49 @@ def test_graphs_equal_eager(tmp_path: Path) -> None:
     for eager_output, graph_output in zip(*results, strict=True):
         assert graph_output.token_ids == eager_output.token_ids
         assert graph_output.logprobs == eager_output.logprobs
+
+
+@pytest.mark.parametrize("case", ["llama_bias", "qwen2", "qwen3_tied", "mistral"])
+def test_fused_equals_unfused_in_fp32(case: str, tmp_path: Path) -> None:
+    """Same greedy tokens, and log-probabilities within 1e-5, at every number of rows that is fused."""
+    save_model(case, tmp_path)
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=5)
+    results = {}
+    for fusion in ("off", "on"):
+        with LLM(str(tmp_path), dtype="float32", max_model_len=256, fusion=fusion, **ENGINE) as llm:
+            assert (llm.engine.runner.loaded.fused_rows > 0) == (fusion == "on")
+            results[fusion] = [
+                output.outputs[0]
+                for rows in (1, 2, 3, 4)
+                for output in llm.generate(sequences([5, 60, 33, 90][:rows], 211), params, use_tqdm=False)
+            ]
+    for plain, fused in zip(results["off"], results["on"], strict=True):
+        assert fused.token_ids == plain.token_ids
+        for ours, theirs in zip(fused.logprobs, plain.logprobs, strict=True):
+            assert all(ours[t].logprob == pytest.approx(theirs[t].logprob, abs=1e-5) for t in ours.keys() & theirs)
+
+
+def test_fused_half_precision_error_budget_up_to_16_rows(tmp_path: Path) -> None:
+    """Every kernel variant of the chain (one row, up to 8, up to 16) judged against fp64."""
+    model = save_model("qwen3", tmp_path)
+    options = {**ENGINE, "max_num_seqs": 16, "num_kvcache_blocks": 256, "max_num_batched_tokens": 512}
+    for rows in (1, 2, 7, 8, 9, 16):
+        tokens = sequences([40 + 3 * i for i in range(rows)], 211)
+        with LLM(str(tmp_path), dtype="bfloat16", max_model_len=256, fusion="on", **options) as llm:
+            ours = teacher_forced(llm, tokens, [10] * rows)
+        judge(model, tokens, [10] * rows, ours, torch.bfloat16)
+
+
+def test_async_scheduling_changes_no_token(tmp_path: Path) -> None:
+    """10,000 decode steps under random arrivals, stops and aborts: the same text with overlap and without."""
+    save_model("qwen3", tmp_path)
+    options = {**ENGINE, "max_num_seqs": 4, "num_kvcache_blocks": 24}
+    results = []
+    for overlap in (False, True):
+        with LLM(str(tmp_path), dtype="float32", max_model_len=256, async_scheduling=overlap, **options) as llm:
+            results.append(random_life(llm, seed=11, num_steps=10_000, vocab_size=211)[0])
+    both = set(results[0]) & set(results[1])
+    assert len(both) > 1000 and all(results[0][i] == results[1][i] for i in both)
 
 
 def test_preemption_and_prefix_cache_on_the_gpu(tmp_path: Path) -> None:

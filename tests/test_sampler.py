@@ -17,14 +17,24 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from nanovllm.kernels import sample_reference
+from nanovllm.kernels.sample_cut import cut_threshold
 from nanovllm.layers import logits as ops
-from nanovllm.layers.logits import cut_, score_prompt
+from nanovllm.layers.logits import score_prompt
 from nanovllm.layers.sampler import Sampler, SamplerOutput
 from nanovllm.layers.sampling_batch import SamplingBatch, SamplingRow, TokenCounts, to_device
 from nanovllm.sampling_params import SamplingParams
 
 CPU = torch.device("cpu")
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+kernel_too = pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param("cpu", marks=pytest.mark.interpret, id="interpret"),
+        pytest.param("cuda", marks=pytest.mark.gpu, id="gpu"),
+    ],
+)
 EOS = 2
 
 
@@ -53,12 +63,10 @@ def sample(rows: list[SamplingRow], logits: torch.Tensor, positions: torch.Tenso
 
 def cut(logits: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
     """What is left of `logits` [R, V] after the cuts of `rows`."""
-    special = SamplingBatch.build(rows, logits.shape[1], logits.device).special
-    assert special is not None
-    own = logits[special.index].float()
-    for where, cuts in special.cuts:
-        cut_(own[where], cuts)
-    return own[special.index.argsort()] if len(special.numbers) == len(rows) else own
+    choice = SamplingBatch.build(rows, logits.shape[1], logits.device).choice
+    assert choice.any_cut
+    threshold = cut_threshold(logits, choice.temperature, choice.top_k, choice.top_p, choice.min_p)
+    return logits.float().masked_fill(logits.float() < threshold[:, None], -math.inf)
 
 
 # ------------------------------------------------------------------------------------------- against Hugging Face
@@ -92,7 +100,7 @@ def hugging_face(logits: torch.Tensor, temperature: float, cuts: dict[str, Any])
     return chain(torch.zeros(1, 1, dtype=torch.long), logits)
 
 
-@devices
+@kernel_too
 @pytest.mark.parametrize("vocab", [40, 3000])  # below and above the size from which the largest logits are selected
 @pytest.mark.parametrize("scale", [0.1, 3.0])  # flat: top-p needs most of the vocabulary; peaked: a few tokens
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 1.6])
@@ -110,23 +118,17 @@ def test_cuts_keep_what_hugging_face_keeps(device: str, vocab: int, scale: float
         assert torch.equal(ours[i][kept], logits[i][kept])  # cut, not changed
 
 
-def test_every_group_of_cuts_was_used() -> None:
-    special = SamplingBatch.build([row(**cuts) for cuts in CUTS], 3000, CPU).special
-    assert special is not None
-    assert [cuts.head for _, cuts in special.cuts] == [0, 50, 3000]
-    assert sorted(special.numbers) == list(range(len(CUTS)))
-
-
 def test_selection_decides_as_the_sort_does(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(30, 4000) * torch.linspace(0.1, 4, 30)[:, None]
     rows = [row(top_p=0.3 + 0.02 * i) for i in range(30)]
-    assert any(torch.isfinite(kept).sum() > ops.FEW for kept in cut(logits, rows))
-    selected = [cut(logits[i : i + 1], rows[i : i + 1])[0] for i in range(30)]
-    monkeypatch.setattr(ops, "FEW", 4000)
-    assert torch.equal(torch.stack(selected), cut(logits, rows))
+    selected = cut(logits, rows)
+    counts = torch.isfinite(selected).sum(dim=-1)
+    assert counts.min() < sample_reference._HEAD < counts.max()
+    monkeypatch.setattr(sample_reference, "_HEAD", 4000)
+    assert torch.equal(selected, cut(logits, rows))
 
 
-@devices
+@kernel_too
 def test_equal_logits_are_kept_or_cut_together(device: str) -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 3.0, 2.0, 2.0, 0.0, -1.0]], device=device)
     survivors = {(1,): [1, 3], (2,): [1, 3], (3,): [1, 2, 3, 4, 5]}
@@ -137,7 +139,7 @@ def test_equal_logits_are_kept_or_cut_together(device: str) -> None:
     assert torch.isfinite(cut(logits, [row(top_p=half * 1.01)])[0]).nonzero().flatten().tolist() == [1, 2, 3, 4, 5]
 
 
-@devices
+@kernel_too
 @pytest.mark.parametrize("cuts", CUTS)
 def test_broken_logits_give_a_valid_token(device: str, cuts: dict[str, Any]) -> None:
     for value in (math.nan, math.inf, -math.inf):

@@ -74,11 +74,44 @@ def test_head_of_the_queue_is_not_overtaken() -> None:
     assert answer(scheduler) == [1]
 
 
-def test_schedule_twice_without_update_repeats_nothing() -> None:
+def test_next_step_is_scheduled_while_one_is_in_flight() -> None:
+    """The token in flight runs next, at its own position and exactly once; the last one by length runs nowhere."""
+    scheduler = make_scheduler(block_size=4)
+    seq = make_seq(0, 7, max_tokens=3)
+    scheduler.add(seq)
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert [(item.start, item.token_ids) for item in second.scheduled] == [(7, [])]
+    assert len(seq.block_digests) == 1, "a block with an unknown token has no digest"
+    assert scheduler.update(first, [9]) == [seq]
+    third = scheduler.schedule()
+    assert [(item.start, item.token_ids) for item in third.scheduled] == [(8, [])]
+    assert len(seq.block_digests) == 2
+    scheduler.update(second, [8])
+    assert scheduler.schedule().is_empty, "its third and last token is in flight"
+    scheduler.update(third, [7])
+    assert seq.output_token_ids == [9, 8, 7] and seq.finish_reason == "length" and not scheduler.has_unfinished
+
+
+def test_a_token_after_the_end_is_dropped() -> None:
     scheduler = make_scheduler()
-    scheduler.add(make_seq(0, 5))
-    assert not scheduler.schedule().is_empty
-    assert scheduler.schedule().is_empty
+    seq = make_seq(0, 5, eos_token_ids=EOS)
+    scheduler.add(seq)
+    first, second = scheduler.schedule(), scheduler.schedule()
+    scheduler.update(first, [1])
+    assert seq.finish_reason == "stop" and scheduler.block_manager.usage == 0
+    assert scheduler.update(second, [9]) == []
+    assert seq.output_token_ids == [1] and seq.num_in_flight == 0
+
+
+def test_rollback_of_two_steps_in_flight() -> None:
+    scheduler = make_scheduler()
+    seq = make_seq(0, 5)
+    scheduler.add(seq)
+    first, second = scheduler.schedule(), scheduler.schedule()
+    scheduler.rollback(second)
+    scheduler.rollback(first)
+    check_invariants(scheduler)
+    assert answer(scheduler) == [5] and answer(scheduler) == [1]
 
 
 def test_update_refuses_the_wrong_number_of_tokens() -> None:

@@ -128,6 +128,35 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.expected_reason[seq.seq_id] = "stop"
 
     @precondition(lambda self: self.unfinished())
+    @rule(data=st.data(), count=st.integers(1, 6), ended=st.sampled_from([None, None, "abort", "error"]))
+    def overlapped_steps(self, data: st.DataObject, count: int, ended: str | None) -> None:
+        """Each step is scheduled before the tokens of the one before it are known; somebody may end in between."""
+        in_flight = self.scheduler.schedule()
+        for turn in range(count):
+            following = self.scheduler.schedule()
+            check_batch(self.scheduler, following)
+            if ended and turn == 0 and self.unfinished():
+                self.end_one(data, ended)
+            check_invariants(self.scheduler)
+            self.scheduler.update(in_flight, self.model.run(in_flight))
+            in_flight = following
+            if in_flight.is_empty:
+                return
+        self.scheduler.update(in_flight, self.model.run(in_flight))
+
+    @precondition(lambda self: self.unfinished())
+    @rule(both=st.booleans())
+    def overlapped_step_fails(self, both: bool) -> None:
+        first = self.scheduler.schedule()
+        second = self.scheduler.schedule()
+        self.model.store(second, garbage=True)
+        self.scheduler.rollback(second)
+        if both:
+            self.scheduler.rollback(first)
+        else:
+            self.scheduler.update(first, self.model.run(first))
+
+    @precondition(lambda self: self.unfinished())
     @rule(data=st.data(), written=st.booleans(), abort=st.booleans())
     def step_fails(self, data: st.DataObject, written: bool, abort: bool) -> None:
         """The step dies before or after it spoiled its slots; some requests are given up, the others go on."""

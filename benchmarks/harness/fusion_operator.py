@@ -1,136 +1,52 @@
-"""RMSNorm+Linear on one GPU: fused against its parts, for the linears of the models in `models.SHAPES`.
+"""What RMSNorm+Linear is compared with on a GPU, and what is reported of the comparison.
 
-How it measures: weights are rotated through copies of three times the L2 cache; the calls of one variant form one
-CUDA graph; all variants of a problem are replayed in turn, and a time is the median over the turns. A configuration is
-timed only after its result has passed the gate: at most twice the error that norm and cuBLAS make against float64.
-
-Every problem is tried with `candidates`, so that measuring is also tuning: `table` keeps the winners.
+Measured by `nanovllm.tuning`: the same operands, gate and clock that `nanovllm tune` uses, with these baselines beside
+the candidates: the GEMM alone (a bound, not a rival), plain PyTorch, and a compiled norm in front of cuBLAS.
 """
 
 from __future__ import annotations
 
-import itertools
 import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from harness.models import SHAPES
+from harness.records import Record
+from nanovllm import __version__
 from nanovllm.kernels import reference
-from nanovllm.kernels.fusion_config import UNFUSED, FusionConfig, Problem
-from nanovllm.kernels.jit import gpu_of
-from nanovllm.kernels.launch_config import next_power_of_2
-from nanovllm.kernels.rms_norm_linear_fusion import rms_norm_linear
+from nanovllm.tuning.cases import Case
+from nanovllm.tuning.measure import EPS, Operands, Result, Variant, capture
+from nanovllm.tuning.search import Extra
 
-ROTATE_BYTES = 150e6  # an H100 caches 50 MB
-EPS = 1e-6
-MARGIN = 0.99  # a table takes a fused kernel that needs at most this share of the unfused time
-Call = Callable[[torch.Tensor], torch.Tensor]  # takes the weight of its turn
+FORMS = ("fused", "compiled", "unfused", "eager", "gemm")
+NOISE = 0.02  # a speed-up above 1 - NOISE is no loss
+LARGE_BYTES = 12e6  # weights for which the share of bandwidth is a goal
 
 
-@dataclass(frozen=True)
-class Case:
-    """One linear of one model at one batch."""
-
-    model: str
-    layer: str
-    problem: Problem
-
-
-@dataclass
-class Result:
-    """Microseconds a call: median, and the 20th and 80th percentile. `refused`: what the gate or the compiler said."""
-
-    case: Case
-    times: dict[str, tuple[float, float, float]] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-
-    def best(self) -> str:
-        """The fastest fused configuration, or "unfused" if none passed."""
-        fused = {name: time for name, time in self.times.items() if "/" in name}
-        return min(fused, key=lambda name: fused[name][0], default="unfused")
-
-    def choice(self) -> str:
-        """What the table should say."""
-        best = self.best()
-        return best if self.times[best][0] <= MARGIN * self.times["unfused"][0] else "unfused"
-
-    def us(self, name: str) -> float:
-        """The median of one variant; of "fused", what the table chose."""
-        return self.times[self.choice() if name == "fused" else name][0]
+def baselines(operands: Operands) -> list[Variant]:
+    """SwiGLU costs the unfused forms a kernel of its own."""
+    x, gamma, swiglu = operands.x, operands.gamma, operands.problem.swiglu
+    norm = _compiled(_norm)
+    act: Callable[[torch.Tensor], torch.Tensor] = _compiled(_swiglu) if swiglu else (lambda y: y)
+    normed = reference.rms_norm(x, gamma, EPS)
+    return [
+        Variant("gemm", lambda w: F.linear(normed, w)),
+        Variant("compiled", lambda w: act(F.linear(norm(x, gamma), w))),
+        Variant("eager", lambda w: reference.rms_norm_linear(x, w, gamma, EPS, activation=operands.activation)),
+    ]
 
 
-def cases(models: list[str], rows: list[int], dtype: str = "bfloat16") -> Iterator[Case]:
-    """QKV, gate_up as a bare linear and gate_up with SwiGLU of each model; models of equal shapes are not repeated."""
-    for model in models:
-        shape = SHAPES[model]
-        hidden, inner = shape["hidden_size"], shape["intermediate_size"]
-        qkv = (shape["num_attention_heads"] + 2 * shape["num_key_value_heads"]) * shape["head_dim"]
-        for m in rows:
-            yield Case(model, "qkv", Problem(m, qkv, hidden, dtype))
-            yield Case(model, "gate_up", Problem(m, 2 * inner, hidden, dtype))
-            yield Case(model, "gate_up+swiglu", Problem(m, inner, hidden, dtype, swiglu=True))
+def warm(case: Case) -> None:
+    """Compile the baselines into Inductor's cache."""
+    operands = Operands(case.problem, torch.device("cuda"))
+    for variant in baselines(operands):
+        variant.call(operands.weights[0])
+    torch.cuda.synchronize()
 
 
-def candidates(problem: Problem, device: torch.device) -> list[FusionConfig]:
-    """Configurations worth trying, those that cannot run left out."""
-    found: list[FusionConfig] = []
-    if problem.m <= 4:
-        lanes = 512 // problem.element_size  # columns of one 16-byte load a thread
-        for warps, block_n in itertools.product((2, 4, 8), (2, 4, 8, 16)):
-            if warps * lanes <= next_power_of_2(problem.k):
-                found.append(FusionConfig("gemv", 0, block_n, warps * lanes, warps))
-    if problem.m >= 2:
-        block_m = max(16, next_power_of_2(problem.m))
-        shapes = [(16, 256, 4, 4), (32, 128, 4, 5), (32, 256, 4, 4), (64, 64, 4, 6), (64, 128, 4, 4), (64, 128, 8, 4)]
-        shapes += [(16, 512, 4, 3), (64, 256, 4, 3)] if block_m == 16 else [(128, 64, 4, 4), (128, 64, 8, 4)]
-        shapes += [(128, 128, 8, 3)] if block_m == 64 else [(32, 128, 2, 5)]
-        found += [FusionConfig("tile", block_m, *shape) for shape in shapes]
-    gpu = gpu_of(device)
-    return [config for config in found if not config.faults(problem, gpu)]
-
-
-class Operands:
-    """x, gamma and enough copies of the weight to defeat the cache."""
-
-    def __init__(self, problem: Problem, device: torch.device, rotate_bytes: float = ROTATE_BYTES) -> None:
-        generator = torch.Generator(device).manual_seed(0)
-        dtype = getattr(torch, problem.dtype)
-
-        def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, device=device, generator=generator)
-
-        self.problem = problem
-        self.x = normal(problem.m, problem.k).to(dtype)
-        self.gamma = (1 + 0.3 * normal(problem.k)).to(dtype)
-        weight = (normal(problem.weight_rows, problem.k) / problem.k**0.5).to(dtype)
-        copies = max(1, int(-(-rotate_bytes // (weight.numel() * weight.element_size()))))
-        self.weights = [weight, *(weight.clone() for _ in range(copies - 1))]
-
-    @property
-    def activation(self) -> str | None:
-        return "swiglu" if self.problem.swiglu else None
-
-    def truth(self) -> torch.Tensor:
-        """float64."""
-        wide = (t.double() for t in (self.x, self.weights[0], self.gamma))
-        return reference.rms_norm_linear(*wide, EPS, activation=self.activation)
-
-    def fused(self, config: FusionConfig) -> Call:
-        return lambda w: rms_norm_linear(self.x, w, self.gamma, EPS, activation=self.activation, config=config)
-
-    def baselines(self) -> dict[str, Call]:
-        """The bound (GEMM alone), our own parts, and the compiled norm with cuBLAS; SwiGLU costs its own kernel."""
-        norm, act = _compiled(_norm), _compiled(_swiglu) if self.problem.swiglu else (lambda y: y)
-        normed = reference.rms_norm(self.x, self.gamma, EPS)
-        return {
-            "gemm": lambda w: F.linear(normed, w),
-            "unfused": self.fused(UNFUSED),
-            "compiled": lambda w: act(F.linear(norm(self.x, self.gamma), w)),
-        }
+BASELINES = Extra(baselines, warm)
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -149,78 +65,118 @@ def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     return torch.compile(function, dynamic=False)
 
 
-def capture(call: Call, weights: list[torch.Tensor], calls: int) -> torch.cuda.CUDAGraph:
-    """One graph of `calls` calls, the weights in turn."""
-    call(weights[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            call(weights[i % len(weights)])
-    return graph
-
-
-def replay_us(graph: torch.cuda.CUDAGraph, calls: int) -> float:
-    """Microseconds a call of one replay."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3 / calls
-
-
-def relative_error(y: torch.Tensor, truth: torch.Tensor) -> float:
-    """Root mean square of the error over that of the truth; NaN where y has one."""
-    return ((y.double() - truth).square().mean() / truth.square().mean()).sqrt().item()
-
-
-def measure(case: Case, device: torch.device, rounds: int = 15, finalists: int = 3) -> Result:
-    """Gate and time all candidates, then the fastest few and the baselines again, in turn."""
-    operands, result = Operands(case.problem, device), Result(case)
-    weights = operands.weights
-    calls = len(weights) * -(-16 // len(weights))
-    truth = operands.truth()
-    allowed = 2 * relative_error(operands.fused(UNFUSED)(weights[0]), truth)
-    graphs: dict[str, torch.cuda.CUDAGraph] = {}
-    for config in candidates(case.problem, device):
-        call = operands.fused(config)
-        error = relative_error(call(weights[0]), truth)
-        if not error <= allowed:
-            result.refused[str(config)] = f"relative error {error:.2e}, allowed {allowed:.2e}"
-            continue
-        graphs[str(config)] = capture(call, weights, calls)
-    first = {name: min(replay_us(graph, calls) for _ in range(4)) for name, graph in graphs.items()}
-    kept = sorted(first, key=lambda name: first[name])[:finalists]
-    graphs = {name: graphs[name] for name in kept}
-    graphs |= {name: capture(call, weights, calls) for name, call in operands.baselines().items()}
-    turns: dict[str, list[float]] = {name: [] for name in graphs}
-    for turn in range(rounds + 1):
-        for name, graph in graphs.items():
-            us = replay_us(graph, calls)
-            if turn:  # the first warms up
-                turns[name].append(us)
-    for name, times in turns.items():
-        low, *_, high = statistics.quantiles(times, n=5)
-        result.times[name] = (statistics.median(times), low, high)
-    return result
-
-
 def read_bandwidth(device: torch.device, megabytes: int = 1024) -> float:
     """Bytes a second of a reduction over memory that no cache holds: what reading weights could reach."""
     data = torch.zeros(megabytes * 2**18, dtype=torch.float32, device=device)
-    graph = capture(lambda w: w.view(-1, 2**18).sum(1), [data], 1)
-    return data.numel() * 4 / (statistics.median(replay_us(graph, 1) for _ in range(9)) * 1e-6)
+    graph = capture(lambda w: w.view(-1, 2**18).sum(1), [data], 4)
+    seconds = []
+    for _ in range(9):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph.replay()
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) * 1e-3 / 4)
+    return data.numel() * 4 / statistics.median(seconds)
 
 
-def table(results: list[Result], provenance: dict[str, str], command: str) -> dict[str, Any]:
-    """The JSON that `fusion_config.load_table` reads."""
-    rows = {}
-    for result in results:
-        p, best = result.case.problem, result.best()
-        rows[p] = dict(
-            m=p.m, n=p.n, k=p.k, dtype=p.dtype, swiglu=p.swiglu, config=result.choice(),
-            fused_us=round(result.times[best][0], 3), unfused_us=round(result.us("unfused"), 3),
-        )  # fmt: skip
-    method = f"us a call in a CUDA graph, weights rotated through {ROTATE_BYTES / 1e6:.0f} MB, median of the turns"
-    return {**provenance, "command": command, "method": method, "rows": list(rows.values())}
+@dataclass(frozen=True)
+class Report:
+    """Results of one run, against the read bandwidth (bytes a second) of the same run."""
+
+    wanted: list[Case]
+    results: list[Result]
+    bandwidth: float
+
+    @staticmethod
+    def speedup(result: Result) -> float:
+        """Over compiled norm and cuBLAS."""
+        return result.us("compiled") / result.us("fused")
+
+    def share(self, result: Result) -> float:
+        """Of the read bandwidth, that the chosen form reaches with the bytes of the fused one."""
+        return result.case.problem.bytes_moved() / (result.us("fused") * 1e-6) / self.bandwidth
+
+    def line(self, result: Result) -> str:
+        """One case in one line of text."""
+        case, best = result.case, result.best()
+        times = "  ".join(f"{form} {result.us(form):8.2f}" for form in FORMS)
+        reasons = [f"{name}: {reason[:60]}" for name, reason in sorted(result.refused.items())]
+        refused = f"  REFUSED {len(reasons)} ({reasons[0]})" if reasons else ""
+        return (
+            f"{case.model:12} {case.layer:14} M {case.problem.m:4}  {times} us  x{self.speedup(result):.3f}  "
+            f"best {best} {result.times[best][0]:.2f}, {self.share(result):.0%} of bandwidth{refused}"
+        )
+
+    def groups(self) -> Iterator[tuple[str, list[Result], bool]]:
+        """Results whose geometric mean is worth knowing, under a name, and whether none of the group is missing."""
+        decoding = [case for case in self.wanted if case.problem.m <= 64]
+        groups = {"all to M=64": decoding}
+        groups |= {f"M={m}": [c for c in self.wanted if c.problem.m == m] for m in (c.problem.m for c in self.wanted)}
+        groups |= {f"{name} to M=64": [c for c in decoding if c.layer == name] for name in (c.layer for c in decoding)}
+        for name, cases in groups.items():
+            if found := [result for result in self.results if result.case in cases]:
+                yield name, found, len(found) == len(cases)
+
+    def summary(self) -> str:
+        """Geometric means, wins and losses, the worst case, the share of bandwidth of one row."""
+        if not self.results:
+            return "no case was measured"
+        text = ["speed-up over compiled norm + cuBLAS: geometric mean (worst; best)"]
+        for name, group, complete in self.groups():
+            values = [self.speedup(r) for r in group]
+            mean = statistics.geometric_mean(values)
+            part = "" if complete else " (INCOMPLETE)"
+            text.append(f"  {name:24} {mean:.3f} ({min(values):.3f}; {max(values):.3f}), {len(group)} cases{part}")
+        losses = [r for r in self.results if self.speedup(r) < 1 - NOISE]
+        wins = [r for r in self.results if self.speedup(r) > 1 + NOISE]
+        unfused = [r for r in self.results if r.choice() == "unfused"]
+        text.append(f"{len(wins)} wins, {len(losses)} losses beyond {NOISE:.0%}, {len(unfused)} stay unfused")
+        text += [f"  LOSS {self.line(r)}" for r in losses]
+        text.append(f"worst: {self.line(min(self.results, key=self.speedup))}")
+        large = [r for r in self.results if r.case.problem.m == 1 and _weight_bytes(r) >= LARGE_BYTES]
+        if large:
+            least = min(large, key=self.share)
+            text.append(
+                f"M=1, weights of {LARGE_BYTES / 1e6:.0f} MB and more: at least {self.share(least):.1%} of the read "
+                f"bandwidth of {self.bandwidth / 1e12:.3f} TB/s ({least.case.model} {least.case.layer})"
+            )
+        return "\n".join(text)
+
+    def records(self, origin: dict[str, str]) -> list[Record]:
+        """Rows for metrics.csv: times, speed-ups, shares of bandwidth, and the geometric means of complete `groups`."""
+        shared = dict(version=__version__, weights="random", **origin)
+        found = []
+        for result in self.results:
+            case, choice = result.case, result.choice()
+            about = dict(model=case.model, dtype=case.problem.dtype, batch=str(case.problem.m), **shared)
+
+            def row(metric: str, value: float, form: str, about: dict[str, str] = about, layer: str = case.layer,
+                    choice: str = choice) -> Record:  # fmt: skip
+                note = choice if form == "fused" else ""
+                return Record("fusion_operator", metric, value, options=f"{layer} {form}", note=note, **about)
+
+            found += [row("us", result.us(form), form) for form in FORMS]
+            found.append(row("speedup", self.speedup(result), "fused"))
+            if case.problem.m == 1:
+                found.append(row("bandwidth_share", self.share(result), "fused"))
+        dtype = self.results[0].case.problem.dtype if self.results else ""
+        for name, group, complete in self.groups():
+            if complete:
+                mean = statistics.geometric_mean([self.speedup(r) for r in group])
+                note = f"{len(group)} cases, worst {min(self.speedup(r) for r in group):.3f}"
+                about = dict(model="all", dtype=dtype, options=name, note=note, **shared)
+                found.append(Record("fusion_operator", "speedup_geomean", mean, **about))
+        about = dict(dtype="float32", options="1 GiB summed", **shared)
+        return [*found, Record("fusion_operator", "read_bytes_per_s", self.bandwidth, **about)]
+
+
+def _weight_bytes(result: Result) -> int:
+    problem = result.case.problem
+    return problem.weight_rows * problem.k * problem.element_size
+
+
+def distinct(cases: Iterable[Case]) -> list[Case]:
+    """Cases whose problem has not come before."""
+    return list({case.problem: case for case in reversed(list(cases))}.values())[::-1]

@@ -103,13 +103,24 @@ def read(path: Path = METRICS) -> list[Record]:
 
 
 def write(records: list[Record], path: Path = METRICS) -> None:
-    """Merge `records` into the CSV at `path`: rows with the same key are replaced, the rest is kept."""
+    """Merge `records` into the CSV at `path`: rows with the same key are replaced, the rest is kept.
+
+    OSError with one sentence when it cannot be written (say, the disk is full); the old file is then unchanged.
+    """
     merged = {record.key: record for record in [*read(path), *records]}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Record)], lineterminator="\n")
-        writer.writeheader()
-        for record in sorted(merged.values(), key=lambda r: r.key):
-            writer.writerow({**asdict(record), "value": f"{record.value:.6g}"})
-    os.replace(partial, path)
+    try:
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [f.name for f in fields(Record)], lineterminator="\n")
+            writer.writeheader()
+            for record in sorted(merged.values(), key=lambda r: r.key):
+                writer.writerow({**asdict(record), "value": f"{record.value:.6g}"})
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        why = error.strerror or error
+        raise OSError(f"cannot write {path} ({why}): free some space; the old file is unchanged") from error
+    finally:
+        partial.unlink(missing_ok=True)

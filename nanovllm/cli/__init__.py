@@ -1,18 +1,18 @@
-"""The command `nanovllm`: generate | chat | inspect | collect-env. Each subcommand is a small module."""
+"""The command `nanovllm`: generate | chat | inspect | profile | tune | collect-env. Each one is a small module."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from nanovllm.cli import chat, collect_env, generate, inspect_model
+from nanovllm.cli import chat, collect_env, generate, inspect_model, profile, tune
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(prog="nanovllm", description="A small, readable LLM inference engine.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (generate, chat, inspect_model, collect_env):
+    for module in (generate, chat, inspect_model, profile, tune, collect_env):
         module.add_parser(commands)
     return parser
 

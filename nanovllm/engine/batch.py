@@ -31,6 +31,7 @@ class ScheduledSequence(NamedTuple):
 
     @property
     def token_ids(self) -> list[int]:
+        """The tokens to run, as far as they are known: a decode's may be in flight."""
         return self.seq.token_ids[self.start : self.start + self.num_tokens]
 
     @property

@@ -6,6 +6,7 @@ smallest graph that holds it. Sizes 1 to 16 are exact, since that is where paddi
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -21,26 +22,38 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 class DecodeGraphs:
     """One recorded graph per batch size.
 
-    `forward(size)` runs a decode step on the fixed buffers and returns hidden states [size, hidden].
+    `forward(size)` runs a whole decode step on the fixed buffers; it returns logits [size, vocab] and leaves the
+    sampled tokens where the caller wants them.
     """
 
     def __init__(self, forward: Callable[[int], torch.Tensor], sizes: list[int]) -> None:
         self._forward = forward
         self._sizes = sizes
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._outputs: dict[int, torch.Tensor] = {}
+        self._logits: dict[int, torch.Tensor] = {}
 
     def capture(self, show_progress: bool) -> None:
-        """Record all sizes, the largest first so that the smaller ones fit into its memory pool."""
+        """Record all sizes, the largest first so that the smaller ones fit into its memory pool.
+
+        `torch.cuda.graph` would collect garbage and empty the allocator's cache before every single one.
+        """
         pool: Any = None
-        for size in tqdm(self._sizes[::-1], desc="Capturing CUDA graphs", disable=not show_progress, leave=False):
-            self._forward(size)  # compiles kernels and fills the caches that a recording must not touch
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                self._outputs[size] = self._forward(size)
-            pool = pool or graph.pool()
-            self._graphs[size] = graph
+        gc.collect()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for size in tqdm(self._sizes[::-1], desc="Capturing CUDA graphs", disable=not show_progress, leave=False):
+                self._forward(size)  # compiles kernels and fills the caches that a recording must not touch
+                stream.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(*([pool] if pool is not None else []))
+                try:
+                    self._logits[size] = self._forward(size)
+                finally:
+                    graph.capture_end()
+                pool = graph.pool() if pool is None else pool
+                self._graphs[size] = graph
+        torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
 
     def size_for(self, num_seqs: int) -> int:
@@ -48,6 +61,6 @@ class DecodeGraphs:
         return next(size for size in self._sizes if size >= num_seqs)
 
     def replay(self, size: int) -> torch.Tensor:
-        """Run the graph; its hidden states [size, hidden] stay valid until the next replay."""
+        """Run the graph; its logits [size, vocab] stay valid until the next replay."""
         self._graphs[size].replay()
-        return self._outputs[size]
+        return self._logits[size]

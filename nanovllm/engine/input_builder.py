@@ -2,6 +2,8 @@
 
 Decode-only steps use buffers at fixed addresses, which is what lets a CUDA graph replay them; their block table is
 kept between steps and only new blocks are written. Steps with prefill chunks are packed to their exact size.
+
+A token that a step in flight samples is named by the row where it will be (`kernels.feed`); `feed` puts it in place.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import torch
 
 from nanovllm.engine.batch import ScheduledBatch, ScheduledSequence
 from nanovllm.engine.staging import Staging
+from nanovllm.kernels.feed import feed_tokens_
 from nanovllm.layers.attention.backend import AttentionMetadata
 from nanovllm.layers.forward_batch import ForwardBatch
 
@@ -36,6 +39,8 @@ class InputBuilder:
         # Which sequence's blocks each row of the decode table holds, and how many of them.
         self._row_owner: list[tuple[int, int] | None] = [None] * rows
         self._row_blocks = [0] * rows
+        self._sampled = torch.zeros(rows, dtype=torch.int64, device=device)  # by the last step, in batch order
+        self._sampled_row: dict[int, int] = {}  # by seq_id
 
     # -- decode-only steps -------------------------------------------------------------------------------------------
 
@@ -46,7 +51,7 @@ class InputBuilder:
         """
         items, n = batch.scheduled, len(batch.scheduled)
         positions = np.fromiter((item.start for item in items), _I64, n)
-        self._ids.host[:n] = [item.seq.token_ids[item.start] for item in items]
+        self._ids.host[:n] = [self._token(item) for item in items]
         self._positions.host[:n] = positions
         self._context_lens.host[:n] = positions + 1
         for row, item in enumerate(items):
@@ -86,6 +91,30 @@ class InputBuilder:
             self._table.host[row, have : len(blocks)] = blocks[have:]
             self._row_blocks[row] = len(blocks)
 
+    # -- tokens in flight --------------------------------------------------------------------------------------------
+
+    def sampled(self, rows: int) -> torch.Tensor:
+        """Where a step leaves its tokens: int64 [rows] on the device, the same memory for every step."""
+        return self._sampled[:rows]
+
+    def remember_sampled(self, seq_ids: list[int]) -> None:
+        """Row r of the tokens that are being sampled belongs to seq_ids[r]."""
+        self._sampled_row = {seq_id: row for row, seq_id in enumerate(seq_ids)}
+
+    def feed(self, input_ids: torch.Tensor) -> None:
+        """Put the tokens of the step before into `input_ids`, on the device."""
+        feed_tokens_(input_ids, self._sampled)
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Positions of the decode buffers' rows, int64 [max_num_seqs] on the device."""
+        return self._positions.device
+
+    def _token(self, item: ScheduledSequence) -> int:
+        """The token that a decode runs, or where it will be."""
+        known = item.seq.token_ids
+        return known[item.start] if item.start < len(known) else -1 - self._sampled_row[item.seq.seq_id]
+
     # -- steps with prefill ------------------------------------------------------------------------------------------
 
     def build(self, batch: ScheduledBatch, prompt_lens: bool = False) -> ForwardBatch:
@@ -103,7 +132,7 @@ class InputBuilder:
         table[:] = 0
         for i, item in enumerate(items):
             span = slice(query_start[i], query_start[i + 1])
-            ids[span] = item.token_ids
+            ids[span] = item.token_ids if item.start < item.seq.num_tokens else self._token(item)
             positions[span] = item.positions
             slots[span] = item.slots(self.block_size)
             table[i, : len(item.block_table)] = item.block_table

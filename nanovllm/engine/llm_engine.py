@@ -2,6 +2,11 @@
 
     make_request -> submit -> step, step, … -> Request.output()
 
+With asynchronous scheduling a step is launched before the tokens of the one before it have come back, so that the
+device never waits for the host: `_in_flight` holds the steps whose tokens are awaited, at most two for a moment and one
+between calls. A request for which the host must know every token (penalties, Python processors, min_tokens) makes the
+engine take one step at a time while it runs.
+
 All methods may be called from any thread: a lock guards them. Whatever a request does wrong ends that request with
 `error` set; a step that fails as a whole (say out of memory) ends the requests that were in it. The engine goes on.
 """
@@ -12,6 +17,7 @@ import itertools
 import logging
 import random
 import threading
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +25,7 @@ from typing import Any
 from nanovllm.config import EngineConfig
 from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.model_runner import ModelRunner, StepOutput
+from nanovllm.engine.model_runner import LaunchedStep, ModelRunner, StepOutput
 from nanovllm.engine.request import Completion, Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence as EngineSequence
@@ -28,6 +34,7 @@ from nanovllm.loader.detokenizer import IncrementalDetokenizer, StopChecker
 from nanovllm.loader.tokenizer import Tokenizer
 from nanovllm.outputs import Logprob
 from nanovllm.sampling_params import SamplingParams, child_seed
+from nanovllm.utils import nvtx
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +71,10 @@ class LLMEngine:
         self._random = random.Random(config.seed)
         self._closed = False
         self._stepping = False
+        self._in_flight: deque[tuple[ScheduledBatch, LaunchedStep]] = deque()
+        self._num_following = 0  # unfinished sequences whose sampling the host must follow token by token
+        overlap = config.async_scheduling
+        self._async = self.runner.device.type == "cuda" if overlap is None else overlap
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -112,6 +123,7 @@ class LLMEngine:
                 self._requests[request.request_id] = request
                 for completion in request.completions:
                     self._owner[completion.seq.seq_id] = (request, completion)
+                    self._num_following += completion.seq.sampling.params.follows_output
                     self.scheduler.add(completion.seq)
 
     def abort(self, request_id: str) -> None:
@@ -125,33 +137,61 @@ class LLMEngine:
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether anything is queued or running."""
+        """Whether anything is queued or running. A step in flight for nobody does not count."""
         return self.scheduler.has_unfinished
 
     def step(self) -> StepInfo | None:
-        """Run one step for everybody; None when there was nothing to do."""
+        """Run one step for everybody; None when there was nothing to do.
+
+        With asynchronous scheduling the tokens that become known are those of the step before.
+        """
         with self._lock:
             self._check_open()
             if self._stepping:  # the lock lets its own thread in again
                 raise RuntimeError("a logits processor must not run the engine that waits for it: use another LLM")
-            if not self.scheduler.has_unfinished:
+            if not self.scheduler.has_unfinished and not self._in_flight:
                 return None
             self._stepping = True
-            batch = self.scheduler.schedule()
             try:
-                output = self.runner.execute(batch)
-            except Exception as error:  # whatever went wrong on the device belongs to this batch, not to the engine
-                logger.exception("a step failed; its %d sequences end with an error", len(batch.scheduled))
-                self._fail(batch, f"the step failed: {error}")
-            except BaseException:  # an interrupt: the step did not happen
-                self.scheduler.rollback(batch)
-                raise
-            else:
-                self._process(batch, output)
+                if self._num_following:
+                    self._settle(keep=0)
+                with nvtx.range("nanovllm.launch"):
+                    info = self._launch()
+                with nvtx.range("nanovllm.settle"):
+                    self._settle(keep=1 if self._async and not self._num_following and info.num_tokens else 0)
+                return info
             finally:
                 self._stepping = False
-            decodes = batch.num_decodes
-            return StepInfo(batch.num_tokens, batch.num_tokens - decodes)
+
+    def _launch(self) -> StepInfo:
+        """Schedule a step and queue it on the device. A step of no tokens when all that is left is in flight."""
+        batch = self.scheduler.schedule()
+        if batch.is_empty:
+            return StepInfo(0, 0)
+        try:
+            self._in_flight.append((batch, self.runner.launch(batch)))
+        except Exception as error:  # whatever went wrong on the device belongs to this batch, not to the engine
+            logger.exception("a step failed; its %d sequences end with an error", len(batch.scheduled))
+            self._fail([batch], f"the step failed: {error}")
+        except BaseException:  # an interrupt: the step did not happen
+            self.scheduler.rollback(batch)
+            raise
+        return StepInfo(batch.num_tokens, batch.num_tokens - batch.num_decodes)
+
+    def _settle(self, keep: int) -> None:
+        """Wait for steps in flight, the oldest first, until `keep` are left, and give everybody their tokens."""
+        while len(self._in_flight) > keep:
+            batch, launched = self._in_flight[0]
+            try:
+                output = self.runner.collect(launched)
+            except Exception as error:  # what was launched behind it read what it wrote
+                logger.exception("a step failed; its %d sequences end with an error", len(batch.scheduled))
+                batches = [batch for batch, _ in self._in_flight]
+                self._in_flight.clear()
+                self._fail(batches, f"the step failed: {error}")
+                return
+            self._in_flight.popleft()
+            self._process(batch, output)
 
     def step_until_news(self, request: Request, seen: int) -> None:
         """Step until `request.version` exceeds `seen`; other threads may do part of the stepping."""
@@ -183,9 +223,11 @@ class LLMEngine:
             if seq.is_finished:
                 self._forget(seq)
 
-    def _fail(self, batch: ScheduledBatch, error: str) -> None:
-        self.scheduler.rollback(batch)
-        for item in batch.scheduled:
+    def _fail(self, batches: list[ScheduledBatch], error: str) -> None:
+        """Undo steps, the latest first, and end their sequences."""
+        for batch in reversed(batches):
+            self.scheduler.rollback(batch)
+        for item in itertools.chain.from_iterable(batch.scheduled for batch in batches):
             self._end(item.seq, "error", error)
 
     def _end(self, seq: EngineSequence, reason: str, error: str | None = None) -> None:
@@ -198,6 +240,7 @@ class LLMEngine:
 
     def _forget(self, seq: EngineSequence) -> None:
         request, completion = self._owner.pop(seq.seq_id)
+        self._num_following -= seq.sampling.params.follows_output
         request.on_finished(completion)
         if request.finished:
             self._requests.pop(request.request_id, None)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 
 from nanovllm.config import EngineConfig, ModelConfig
+from nanovllm.kernels.chain_config import MAX_CHAIN_ROWS, MAX_FLOAT32_ROWS
 from nanovllm.layers.attention.backend import AttentionBackend, AttentionSpec, select_backend
+from nanovllm.layers.fused_norm_linear import why_not_fused
 from nanovllm.layers.parallel import Build, TensorParallel
 from nanovllm.layers.rotary import context_limit
 from nanovllm.loader import GenerationDefaults, ModelSource, load_generation_config, load_model_config, resolve_model
@@ -16,6 +19,8 @@ from nanovllm.loader.weights import iter_weights
 from nanovllm.models.llama import LlamaForCausalLM
 from nanovllm.models.registry import build_model, load_weights, prepare_for_inference
 from nanovllm.utils.device import resolve_device, resolve_dtype
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,7 @@ class LoadedModel:
     dtype: torch.dtype
     tp: TensorParallel
     max_model_len: int
+    fused_rows: int  # decode steps of at most so many rows take the fused kernels; 0 = none
 
 
 def load_model(config: EngineConfig) -> LoadedModel:
@@ -55,13 +61,25 @@ def load_model(config: EngineConfig) -> LoadedModel:
         config.kvcache_block_size,
     )
     backend = select_backend(config.attention_backend, spec)
+    fused_rows = resolve_fusion(config.fusion, spec, backend.name, tp.world_size)
     model = build_model(model_config, max_len, backend, Build(dtype, device, tp)).eval()
     if config.load_format == "dummy":
         dummy_weights(model.named_parameters(), config.seed)
     else:
         load_weights(model, iter_weights(source, model_config, show_progress=config.show_progress))
     prepare_for_inference(model)
-    return LoadedModel(source, model_config, generation, model, backend, device, dtype, tp, max_len)
+    return LoadedModel(source, model_config, generation, model, backend, device, dtype, tp, max_len, fused_rows)
+
+
+def resolve_fusion(wanted: str, spec: AttentionSpec, backend: str, world_size: int) -> int:
+    """Rows up to which decode steps are fused; ValueError, with the reasons, for "on" where they cannot be."""
+    reasons = [] if wanted == "off" else why_not_fused(spec, backend, world_size)
+    if wanted == "on" and reasons:
+        raise ValueError(f'fusion="on" cannot be had: {"; ".join(reasons)}; use "auto" or "off"')
+    if wanted == "off" or reasons:
+        logger.info("decode steps are not fused: %s", "; ".join(reasons) or 'fusion="off"')
+        return 0
+    return MAX_FLOAT32_ROWS if spec.dtype == torch.float32 else MAX_CHAIN_ROWS
 
 
 def resolve_max_model_len(wanted: int | None, model: ModelConfig) -> int:

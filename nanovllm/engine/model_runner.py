@@ -2,6 +2,9 @@
 
 Owns everything that lives on the device: the model, the KV cache, the input buffers, the graphs. It is told what to
 run by a `ScheduledBatch` and knows nothing of queues, blocks or stop conditions.
+
+A step has two halves. `launch` queues its work and returns at once; `collect` waits for its tokens. Between the two the
+next step may be launched: its inputs name tokens that only the device knows so far.
 """
 
 from __future__ import annotations
@@ -19,11 +22,13 @@ from nanovllm.engine.cuda_graph import DecodeGraphs, graph_sizes
 from nanovllm.engine.input_builder import InputBuilder
 from nanovllm.engine.kv_cache import allocate_kv_caches, kv_block_bytes, measure_cuda_memory, num_kv_blocks
 from nanovllm.engine.loading import LoadedModel, load_model
+from nanovllm.engine.sampling_inputs import SamplingInputs
 from nanovllm.engine.sequence import Sequence
+from nanovllm.kernels.sample_cut import sample_rows
 from nanovllm.layers.attention.backend import AttentionMetadata
 from nanovllm.layers.forward_batch import ForwardBatch, KVCaches
 from nanovllm.layers.logits import score_prompt
-from nanovllm.layers.sampler import Sampler
+from nanovllm.layers.sampler import Sampler, SamplerOutput
 from nanovllm.outputs import Logprob
 
 logger = logging.getLogger(__name__)
@@ -40,6 +45,17 @@ class StepOutput:
     # (sequence, position of the first token scored, one entry a token)
     prompt_logprobs: list[tuple[Sequence, int, list[dict[int, Logprob]]]] = field(default_factory=list)
     errors: list[tuple[Sequence, str]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class LaunchedStep:
+    """A step whose work is queued on the device."""
+
+    seqs: list[Sequence]  # those that sample, in batch order
+    result: SamplerOutput | None  # None: nobody samples
+    token_ids: torch.Tensor  # on the host; filled when `done` has happened
+    done: torch.cuda.Event | None
+    output: StepOutput  # what is known already
 
 
 class ModelRunner:
@@ -61,9 +77,12 @@ class ModelRunner:
         )
         self.num_blocks = self._plan_kv_cache()
         self.caches: KVCaches = self._allocate(self.num_blocks)
+        self.sampling = SamplingInputs(config.max_num_seqs, self.inputs.positions, self.device)
+        self._host_tokens = self._pinned_tokens()
+        self._num_launched = 0
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and not config.enforce_eager and self.loaded.backend.graph_safe:
-            self.graphs = DecodeGraphs(self._forward_decode, graph_sizes(config.max_num_seqs))
+            self.graphs = DecodeGraphs(self._decode_and_sample, graph_sizes(config.max_num_seqs))
             with torch.inference_mode():
                 self.graphs.capture(config.show_progress)
 
@@ -122,45 +141,92 @@ class ModelRunner:
     # -- steps -------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch) -> StepOutput:
-        """Run one step. Raises whatever the device raises; errors of single requests are in the output."""
+    def launch(self, batch: ScheduledBatch) -> LaunchedStep:
+        """Queue one step. Raises whatever the device raises; errors of single requests are in the output."""
         output = StepOutput(token_ids=[])
-        hidden, positions = self._forward(batch, output)
         seqs = [item.seq for item in batch.scheduled if item.samples]
-        if seqs:
-            self._sample(seqs, self.model.compute_logits(hidden), positions, output)
-        return output
+        tokens, done = self._host_tokens[self._num_launched % 2][: len(seqs)], None
+        self._num_launched += 1
+        if batch.num_decodes == len(batch.scheduled):
+            result: SamplerOutput | None = self._launch_decodes(batch, seqs)
+        else:
+            result = self._launch_mixed(batch, seqs, output)
+        if result is not None:
+            if result.token_ids.data_ptr() != self.inputs.sampled(1).data_ptr():
+                self.inputs.sampled(len(seqs)).copy_(result.token_ids)
+            tokens.copy_(result.token_ids, non_blocking=True)
+            self.inputs.remember_sampled([seq.seq_id for seq in seqs])
+            if self.device.type == "cuda":
+                done = torch.cuda.Event()
+                done.record()
+        return LaunchedStep(seqs, result, tokens, done, output)
 
-    def _forward(self, batch: ScheduledBatch, output: StepOutput) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states [R, hidden] and positions [R] of the R tokens to sample from."""
-        n = len(batch.scheduled)
-        if batch.num_decodes == n:
-            size = n if self.graphs is None else self.graphs.size_for(n)
-            inputs = self.inputs.build_decode(batch, size)
-            hidden = self.model(inputs, self.caches) if self.graphs is None else self.graphs.replay(size)
-            return hidden[:n], inputs.positions[:n]
-        rotary = self.model.model.rotary
-        lens = any(rotary.needs_prompt_lens(item.seq.num_prompt_tokens) for item in batch.scheduled)
-        inputs = self.inputs.build(batch, prompt_lens=lens)
-        positions = inputs.positions[inputs.logits_rows]
-        if not any(item.scores_prompt for item in batch.scheduled):
-            return self.model(inputs, self.caches), positions
-        hidden = self.model(inputs.with_all_rows(), self.caches)
-        self._score_prompts(batch, hidden, output)
-        return hidden[inputs.logits_rows], positions
-
-    def _forward_decode(self, size: int) -> torch.Tensor:
-        return self.model(self.inputs.decode_view(size), self.caches)
-
-    def _sample(self, seqs: list[Sequence], logits: torch.Tensor, positions: torch.Tensor, output: StepOutput) -> None:
-        result = self.sampler(logits, [seq.sampling for seq in seqs], positions)
-        output.token_ids = result.token_ids.tolist()  # the one place where a step waits for the device
+    def collect(self, step: LaunchedStep) -> StepOutput:
+        """Wait for a launched step; at most one more may have been launched since."""
+        output, result, seqs = step.output, step.result, step.seqs
+        if result is None:
+            return output
+        if step.done is not None:
+            step.done.synchronize()  # the one place where the engine waits for the device
+        output.token_ids = step.token_ids.tolist()
         output.errors = [(seqs[row], error) for row, error in result.errors.items()]
         if result.logprobs is not None:
             output.logprobs = {
                 seqs[row].seq_id: {token: Logprob(value, rank) for token, value, rank in entries}
                 for row, entries in result.logprobs.to_host().items()
             }
+        return output
+
+    def _launch_decodes(self, batch: ScheduledBatch, seqs: list[Sequence]) -> SamplerOutput:
+        """A step of decodes only: a replayed graph if there is one, the same operations one by one otherwise."""
+        n = len(seqs)
+        size = n if self.graphs is None else self.graphs.size_for(n)
+        inputs = self.inputs.build_decode(batch, size)
+        rows = [seq.sampling for seq in seqs]
+        if self.graphs is None:
+            logits = self._forward_decode(size, inputs)
+            return self.sampler(logits, rows, inputs.positions)
+        in_graph = self.sampling.fill(rows)
+        logits = self.graphs.replay(size)[:n]
+        if not in_graph:
+            return self.sampler(logits, rows, inputs.positions[:n])
+        return self.sampler.score(logits, rows, self.inputs.sampled(n))
+
+    def _launch_mixed(self, batch: ScheduledBatch, seqs: list[Sequence], output: StepOutput) -> SamplerOutput | None:
+        """A step with prefill chunks, operation by operation."""
+        rotary = self.model.model.rotary
+        lens = any(rotary.needs_prompt_lens(item.seq.num_prompt_tokens) for item in batch.scheduled)
+        inputs = self.inputs.build(batch, prompt_lens=lens)
+        self.inputs.feed(inputs.input_ids)
+        if any(item.scores_prompt for item in batch.scheduled):
+            hidden = self.model(inputs.with_all_rows(), self.caches)
+            self._score_prompts(batch, hidden, output)
+            hidden = hidden[inputs.logits_rows]
+        else:
+            hidden = self.model(inputs, self.caches)
+        if not seqs:
+            return None
+        positions = inputs.positions[inputs.logits_rows]
+        return self.sampler(self.model.compute_logits(hidden), [seq.sampling for seq in seqs], positions)
+
+    def _decode_and_sample(self, size: int) -> torch.Tensor:
+        """What a graph records: from the token ids of the step before to those of this one. Returns the logits."""
+        logits = self._forward_decode(size, self.inputs.decode_view(size))
+        self.inputs.sampled(size).copy_(sample_rows(logits, self.sampling.view(size)))
+        return logits
+
+    def _forward_decode(self, size: int, inputs: ForwardBatch) -> torch.Tensor:
+        """Logits [size, vocab] of one token a sequence."""
+        self.inputs.feed(inputs.input_ids)
+        if size <= self.loaded.fused_rows:
+            return self.model.decode(inputs, self.caches)
+        return self.model.compute_logits(self.model(inputs, self.caches))
+
+    def _pinned_tokens(self) -> list[torch.Tensor]:
+        """Two buffers for tokens on their way to the host: of the step that is collected and of the one behind it."""
+        pinned = self.device.type == "cuda"
+        rows = self.config.max_num_seqs
+        return [torch.zeros(rows, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
 
     def _score_prompts(self, batch: ScheduledBatch, hidden: torch.Tensor, output: StepOutput) -> None:
         """Log-probabilities of prompt tokens; hidden [T, hidden] holds all tokens of the step.
@@ -198,6 +264,6 @@ class ModelRunner:
         """Drop everything on the device; the runner cannot be used afterwards."""
         self.graphs = None
         self.caches = []
-        del self.model, self.loaded, self.inputs, self.sampler
+        del self.model, self.loaded, self.inputs, self.sampler, self.sampling
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -5,9 +5,10 @@ One budget of tokens a step, spent in this order:
   2. running sequences with more left (chunked prefills), in order of arrival;
   3. waiting sequences, first come first served, as far as budget, blocks and `max_num_seqs` go.
 
-`schedule()` moves `num_computed_tokens` forward and writes down what must run; `update()` brings the results. Nothing
-is decided from a token before its `update`, so the two may one day overlap with the device. Exactly one of `update`
-and `rollback` follows each `schedule`.
+`schedule()` moves `num_computed_tokens` forward and writes down what must run; `update()` brings the results. Exactly
+one of `update` and `rollback` follows each `schedule`, but not at once: the next step may be scheduled while one is in
+flight. A sequence then has a token that nobody knows yet (`num_in_flight`); its length counts, its value does not. Stop
+rules that need the value apply one step late, and what that step computed for an ended sequence is dropped.
 
 Memory. Admission reserves blocks for every token a sequence has, so that only a decode can ever run out of blocks. Then
 the latest arrival is preempted: it loses its blocks, keeps its tokens, and recomputes later (cheaply, when its blocks
@@ -116,7 +117,10 @@ class Scheduler:
     # -- before a step -----------------------------------------------------------------------------------------------
 
     def schedule(self) -> ScheduledBatch:
-        """The next step; never empty while there are unfinished sequences and no step is in flight."""
+        """The next step; never empty while there are unfinished sequences and no step is in flight.
+
+        At most one step may be in flight meanwhile. Then it is empty when that one brings every last token.
+        """
         step = _Step(self.max_num_batched_tokens)
         self._schedule_decodes(step)
         num_decodes = len(step.scheduled)
@@ -137,15 +141,17 @@ class Scheduler:
         """One token for every running sequence that has one left. The hot loop: nothing here depends on lengths."""
         block_size, scheduled = self.block_manager.block_size, step.scheduled
         for seq in self.running:  # preemption only pops from the end, which ends this loop early, as it should
-            start = seq.num_computed_tokens
-            if seq.num_tokens - start != 1:
+            start, in_flight = seq.num_computed_tokens, seq.num_in_flight
+            if seq.num_tokens + in_flight - start != 1 or (in_flight and self._ends_in_flight(seq)):
                 continue
             if start == len(seq.block_table) * block_size and not self._grow(seq, step):
                 break  # `seq` was the latest arrival and has been preempted itself
             seq.num_computed_tokens = start + 1
+            seq.num_in_flight = in_flight + 1
             scheduled.append(ScheduledSequence(seq, start, 1, True, True, start, seq.block_table))
-            if (start + 1) % block_size == 0:
-                step.registered += self.block_manager.register(seq, start, start + 1)
+            known = start + 1 - in_flight  # a block can be found once all of its tokens are known
+            if known % block_size == 0:
+                step.registered += self.block_manager.register(seq, known - 1, known)
         step.num_samples = len(scheduled)
         step.budget -= len(scheduled)  # at most max_num_seqs, hence within the budget
 
@@ -179,6 +185,7 @@ class Scheduler:
         num_tokens = min(seq.num_tokens - start, step.budget)
         seq.num_computed_tokens = start + num_tokens
         samples = seq.num_computed_tokens == seq.num_tokens
+        seq.num_in_flight += samples
         step.scheduled.append(ScheduledSequence(seq, start, num_tokens, False, samples, store_from, seq.block_table))
         step.registered += self.block_manager.register(seq, start, start + num_tokens)
         step.num_samples += samples
@@ -196,7 +203,7 @@ class Scheduler:
 
         Sequences scheduled in this step arrived before `seq`, so they are never among the victims.
         """
-        while not self.block_manager.allocate_slots(seq, seq.num_tokens):
+        while not self.block_manager.allocate_slots(seq, seq.num_tokens + seq.num_in_flight):
             victim = self.running.pop()
             self._requeue(victim)
             victim.num_preemptions += 1
@@ -205,6 +212,11 @@ class Scheduler:
             if victim is seq:
                 return False
         return True
+
+    def _ends_in_flight(self, seq: Sequence) -> bool:
+        """Whether the token that a step in flight samples is the last one by length, whatever it is."""
+        num_tokens = seq.num_tokens + seq.num_in_flight
+        return num_tokens - seq.num_prompt_tokens >= seq.max_tokens or num_tokens >= self.max_seq_len
 
     def _requeue(self, seq: Sequence) -> None:
         """Back to the front of the queue, without blocks, with all its tokens."""
@@ -230,6 +242,7 @@ class Scheduler:
             if not item.samples:
                 continue
             seq, token_id = item.seq, next(tokens)
+            seq.num_in_flight -= 1
             if seq.status is SequenceStatus.FINISHED:
                 continue
             seq.append_token(token_id)
@@ -250,6 +263,7 @@ class Scheduler:
         """
         self.block_manager.unregister(batch.registered)
         for item in batch.scheduled:
+            item.seq.num_in_flight -= item.samples
             if item.seq.status is SequenceStatus.RUNNING:
                 item.seq.num_computed_tokens = item.start
         for seq in reversed(batch.admitted):  # these may hold blocks that others in the batch should have written

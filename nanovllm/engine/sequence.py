@@ -58,6 +58,7 @@ class Sequence:
     num_computed_tokens: int = field(default=0, init=False)  # KV exists, or a step in flight is writing it
     block_table: list[int] = field(default_factory=list, init=False)  # block i holds tokens [i*bs, (i+1)*bs)
     block_digests: list[bytes] = field(default_factory=list, init=False)  # of the full blocks hashed so far
+    num_in_flight: int = field(default=0, init=False)  # tokens that steps in flight sample: they exist, unknown yet
     num_cached_tokens: int = field(default=0, init=False)  # found in the prefix cache at first admission
     num_preemptions: int = field(default=0, init=False)
     finish_reason: str | None = field(default=None, init=False)  # stop | length | abort | error

@@ -1,7 +1,11 @@
-"""Host-to-device staging: arrays packed side by side in pinned memory, one copy a step.
+"""Host-to-device staging: arrays packed side by side, one copy a step.
 
 A small host-to-device copy costs about 4 µs and an allocation more, so a step that sent its seven arrays one by one
-would spend longer on that than on a layer. Both buffers live as long as the engine (nano-vllm#176).
+would spend longer on that than on a layer. All buffers live as long as the engine (nano-vllm#176).
+
+The host may prepare a step while the copy of the one before it still waits for the device, so what a copy reads must
+not be what the host writes: arrays are filled in plain memory and pass through two pinned buffers in turn. That is
+enough where at most two steps are in flight.
 """
 
 from __future__ import annotations
@@ -13,14 +17,15 @@ _ALIGN = 16  # bytes; lets kernels load any packed array with full vector width
 
 
 class Staging:
-    """A pair of equal buffers, one on the host (pinned when the device is a GPU) and one on the device."""
+    """Equal buffers on the host and on the device; on the CPU they are one and the same."""
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         self.device = device
         on_gpu = device.type == "cuda"
         # Zeroed: graphs are recorded over these buffers before any step has filled them, and lengths of 0 are harmless.
-        self._host = torch.zeros(capacity, dtype=torch.uint8, pin_memory=on_gpu)
+        self._host = torch.zeros(capacity, dtype=torch.uint8)
         self._device = torch.zeros(capacity, dtype=torch.uint8, device=device) if on_gpu else self._host
+        self._pinned = [torch.zeros(capacity, dtype=torch.uint8, pin_memory=True) for _ in range(2 * on_gpu)]
         self.num_copies = 0
 
     def reserve(self, shapes: list[tuple[tuple[int, ...], np.dtype]]) -> list[Section]:
@@ -37,8 +42,10 @@ class Staging:
     def copy(self, num_bytes: int) -> None:
         """Send the first `num_bytes` to the device, asynchronously; on the CPU there is nothing to send."""
         self.num_copies += 1
-        if self._device is not self._host:
-            self._device[:num_bytes].copy_(self._host[:num_bytes], non_blocking=True)
+        if self._pinned:
+            pinned = self._pinned[self.num_copies % 2][:num_bytes]
+            pinned.copy_(self._host[:num_bytes])
+            self._device[:num_bytes].copy_(pinned, non_blocking=True)
 
 
 class Section:

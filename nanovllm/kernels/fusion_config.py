@@ -1,9 +1,9 @@
 """Launch policy of `rms_norm_linear`: which variant, in which shape. Data and pure functions; no torch, no triton.
 
-`choose` asks the measured table of the device first and the heuristic behind it otherwise. A table lives in
-`tuned/rms_norm_linear/<device>.json`; each of its rows names one measured problem, the fastest configuration found and
-both times. Where the fused kernels lost, the row says "unfused", so that on a tuned device the operator is never
-slower than its parts.
+`choose` asks the measured tables of the device first and the heuristic behind them otherwise. A table is
+`rms_norm_linear/<device>.json` in the user's folder (`user_tables`) or in this package's `tuned/`; of a problem in both
+the user's row counts. Each row names one measured problem, the fastest configuration found and both times. Where the
+fused kernels lost, it says "unfused", so that on a tuned device the operator is never slower than its parts.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanovllm.kernels.launch_config import Gpu, cdiv, next_power_of_2
 
-TABLES = Path(__file__).resolve().parent / "tuned" / "rms_norm_linear"
+OPERATOR = "rms_norm_linear"  # the folder of its tables
+TABLES = Path(__file__).resolve().parent / "tuned" / OPERATOR
+VARIABLE = "NANOVLLM_TUNED"
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # dtypes the kernels compute in
 MAX_GEMV_ROWS = 8
 MAX_GUESSED_ROWS = 16  # above it, only a measurement may say that fusion pays
@@ -58,9 +62,10 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class FusionConfig:
-    """One way to run the operator. As text: "unfused", "gemv/16/1024/4" or "tile/16/64/128/4/5", and "/pdl".
+    """One way to run the operator. As text: "unfused", "gemv/16/1024/4", "panel/16/16/64/8" or "tile/16/64/128/4/5".
 
     gemv: a program holds `block_n` weight rows of all K columns in registers, in chunks of `block_k`.
+    panel: the same on tensor cores, for at most `block_m` rows; each warp multiplies `block_k` columns of a chunk.
     tile: products of [block_n, block_k] by [block_k, block_m], `num_stages` of them in flight.
     `block_n` counts weight rows: with SwiGLU a program writes half as many outputs.
     `launch_pdl`: programmatic dependent launch (Hopper, Triton 3.6): the kernel starts before its predecessor ends and
@@ -79,6 +84,8 @@ class FusionConfig:
         numbers: tuple[int, ...] = ()
         if self.variant == "gemv":
             numbers = (self.block_n, self.block_k, self.num_warps)
+        elif self.variant == "panel":
+            numbers = (self.block_m, self.block_n, self.block_k, self.num_warps)
         elif self.variant == "tile":
             numbers = (self.block_m, self.block_n, self.block_k, self.num_warps, self.num_stages)
         return "/".join([self.variant, *map(str, numbers), *(["pdl"] if self.launch_pdl else [])])
@@ -86,7 +93,9 @@ class FusionConfig:
     @classmethod
     def parse(cls, text: str) -> FusionConfig:
         """The inverse of `str`; ValueError for text that is none."""
-        match = re.fullmatch(r"unfused|gemv(?:/\d+){3}(?:/pdl)?|tile(?:/\d+){5}(?:/pdl)?", text)
+        match = re.fullmatch(
+            r"unfused|gemv(?:/\d+){3}(?:/pdl)?|panel(?:/\d+){4}(?:/pdl)?|tile(?:/\d+){5}(?:/pdl)?", text
+        )
         if match is None:
             raise ValueError(f'no fusion config: {text!r}; use "unfused", "gemv/16/1024/4" or "tile/16/64/128/4/5"')
         variant, *parts = text.split("/")
@@ -97,15 +106,15 @@ class FusionConfig:
         if variant == "gemv":
             block_n, block_k, num_warps = numbers
             return cls("gemv", 0, block_n, block_k, num_warps, launch_pdl=launch_pdl)
-        block_m, block_n, block_k, num_warps, num_stages = numbers
-        return cls("tile", block_m, block_n, block_k, num_warps, num_stages, launch_pdl)
+        block_m, block_n, block_k, num_warps, num_stages = (*numbers, 1)[:5]
+        return cls(variant, block_m, block_n, block_k, num_warps, num_stages, launch_pdl)
 
     def faults(self, problem: Problem, gpu: Gpu) -> list[str]:
         """Why this configuration cannot run `problem` on `gpu`; [] when it can."""
         if self.variant == "unfused":
             return []
         blocks = {"block_n": self.block_n, "block_k": self.block_k, "num_warps": self.num_warps}
-        if self.variant == "tile":
+        if self.variant != "gemv":
             blocks["block_m"] = self.block_m
         found = [f"{name}={v} is no power of two" for name, v in blocks.items() if v < 1 or v & (v - 1)]
         if self.num_warps > 32:
@@ -114,6 +123,18 @@ class FusionConfig:
             return found
         if problem.swiglu and self.block_n < 2:
             found.append("swiglu needs block_n >= 2: a gate row and its up row")
+        if self.variant == "panel":
+            chunk = self.num_warps * self.block_k
+            held = self.block_n * cdiv(problem.k, chunk) * chunk * problem.element_size
+            if problem.m > self.block_m:
+                found.append(f"a panel takes at most block_m={self.block_m} rows, x has {problem.m}")
+            if held > _THREAD_BYTES * 32 * self.num_warps:
+                found.append(f"a weight tile of {held} bytes does not fit into the registers of {self.num_warps} warps")
+            shared = held + self.block_m * chunk * problem.element_size  # on their way to the tensor cores
+            if shared > gpu.shared_memory:
+                found.append(f"{shared} bytes of tiles exceed the {gpu.shared_memory} of shared memory")
+            smallest = {"block_m": 8, "block_n": 16, "block_k": 16}
+            return found + [f"{name} must be at least {v}" for name, v in smallest.items() if getattr(self, name) < v]
         if self.variant == "gemv":
             held = self.block_n * cdiv(problem.k, self.block_k) * self.block_k * problem.element_size
             if problem.m > MAX_GEMV_ROWS:
@@ -186,6 +207,25 @@ def table_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_") + ".json"
 
 
+def user_tables(environment: Mapping[str, str]) -> Path:
+    """Where `nanovllm tune` writes and `choose` looks first, for the package itself may be read-only.
+
+    NANOVLLM_TUNED, or nanovllm/tuned in XDG_CACHE_HOME or ~/.cache; a folder for each operator lies within.
+    """
+    folder = environment.get(VARIABLE)
+    if not folder:
+        cache = environment.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        folder = os.path.join(cache, "nanovllm", "tuned")
+    return Path(folder) / OPERATOR
+
+
+def tuned_rows(device: str, environment: Mapping[str, str]) -> tuple[TunedRow, ...]:
+    """All measurements of a device, the user's before the package's."""
+    name = table_name(device)
+    rows = {row.problem: row for folder in (TABLES, user_tables(environment)) for row in load_table(folder / name)}
+    return tuple(rows.values())
+
+
 @functools.lru_cache(maxsize=16)
 def load_table(path: Path) -> tuple[TunedRow, ...]:
     """Rows of a table, () where there is none. ValueError for a file that is no table."""
@@ -226,7 +266,7 @@ def lookup(problem: Problem, rows: tuple[TunedRow, ...]) -> FusionConfig | None:
 @functools.lru_cache(maxsize=4096)
 def choose(problem: Problem, device: str, gpu: Gpu) -> FusionConfig:
     """What runs `problem` on the GPU named `device`: measured if possible, guessed otherwise."""
-    config = lookup(problem, load_table(TABLES / table_name(device)))
+    config = lookup(problem, tuned_rows(device, os.environ))
     if config is not None and not config.faults(problem, gpu):
         return config
     return heuristic(problem, gpu)

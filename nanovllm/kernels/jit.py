@@ -104,7 +104,14 @@ def gpu_of(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return Gpu(num_sms=4, shared_memory=99 * 1024)
     properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks a field
-    return Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    pdl = properties.major >= 9 and triton_installed() and _triton_knows_pdl()
+    return Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin, pdl)
+
+
+def _triton_knows_pdl() -> bool:
+    import triton.language as tl
+
+    return hasattr(tl.extra.cuda, "gdc_wait")
 
 
 def num_sms(device: torch.device) -> int:

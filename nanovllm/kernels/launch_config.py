@@ -25,6 +25,7 @@ class Gpu:
 
     num_sms: int
     shared_memory: int  # bytes one program may take
+    pdl: bool = False  # programmatic dependent launch: Hopper or later, and a Triton that knows it
 
 
 H100 = Gpu(num_sms=132, shared_memory=227 * 1024)
@@ -124,6 +125,31 @@ def decode_config(
     row_bytes = next_power_of_2(head_dim) * element_size
     wanted = 3 if max_splits * programs <= 2 * gpu.num_sms else 2
     num_stages = _stages_that_fit(wanted, 0, 2 * block_n * row_bytes, gpu)
+    return DecodeConfig(block_n, max_splits, min_split, num_warps=4, num_stages=num_stages)
+
+
+def rope_attention_config(
+    num_seqs: int, num_kv_heads: int, head_dim: int, element_size: int, max_context_len: int, gpu: Gpu
+) -> DecodeConfig:
+    """Tiles of 128 keys, all of a program's in its first one where that is possible: it is loaded before the wait.
+
+    Up to some 256 programs; what a lone sequence has more than 32 x 128 keys of, it takes in longer splits. Measured in
+    the decode chain (H200, Triton 3.6.0, Qwen3-0.6B, us a layer at contexts 128 / 384 / 1,024 / 4,096): one sequence
+    16.9 / 19.3 / 21.8 / 25.0 with 32 splits, 17.0 / 20.3 / 21.2 / 26.1 with 16 and 8 warps, 20.1 / 20.5 / 21.8 / 26.3
+    with 64-key tiles; four 25.9 / 28.6 / 31.7 / 48.7; sixteen 33.9 / 40.9 / 53.1 / 104.1 with three stages of 64 keys,
+    32.1 / 39.3 / 49.8 / 113.5 with two of 128. Unfused: 44 / 45 / 46 / 50 for one, 44 / 49 / 60 / 108 for sixteen.
+    """
+    if element_size == 4 or head_dim > 128:
+        return decode_config(num_seqs, num_kv_heads, head_dim, element_size, max_context_len, gpu)
+    programs = num_seqs * num_kv_heads
+    if programs <= 48:
+        block_n, most, min_split, num_stages = 128, max(8, min(32, 256 // programs)), 128, 1
+    elif programs <= 96:
+        block_n, most, min_split, num_stages = 128, 8, 256, 2
+    else:
+        block_n, most, min_split, num_stages = 64, 8, 512, 3
+    num_stages = _stages_that_fit(num_stages, 0, 2 * block_n * next_power_of_2(head_dim) * element_size, gpu)
+    max_splits = max(1, min(most, cdiv(max_context_len, min_split)))
     return DecodeConfig(block_n, max_splits, min_split, num_warps=4, num_stages=num_stages)
 
 

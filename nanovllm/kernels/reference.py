@@ -28,7 +28,7 @@ def add_rms_norm(
 def silu_mul(x: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up for x = [gate | up]: [..., 2I] -> [..., I]."""
     gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)
 
 
 def rms_norm_linear(
@@ -53,16 +53,19 @@ def rms_norm_linear(
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Half-split rotation in float32, rounded once. x: [T, H, D]; cos, sin: [T, 1, D / 2] float32."""
-    low, high = x.float().chunk(2, dim=-1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
+    halves = x.float().unflatten(-1, (2, -1))
+    rotated = halves * cos.unsqueeze(2)
+    rotated[:, :, 0].addcmul_(halves[:, :, 1], sin, value=-1)
+    rotated[:, :, 1].addcmul_(halves[:, :, 0], sin)
+    return rotated.flatten(2).to(x.dtype)
 
 
 def store_kv(
     k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
 ) -> None:
     """k_cache[slot // page, :, slot % page] = k for every slot >= 0. k, v: [T, Hkv, D]."""
-    keep = slot_mapping >= 0
-    if not bool(keep.all()):
+    if slot_mapping.numel() and int(slot_mapping.min()) < 0:
+        keep = slot_mapping >= 0
         k, v, slot_mapping = k[keep], v[keep], slot_mapping[keep]
     page = k_cache.shape[2]
     block, offset = slot_mapping // page, slot_mapping % page
@@ -159,3 +162,30 @@ def prefill_attention(
         k, v = (gather_pages(cache, blocks, length) for cache in (k_cache, v_cache))
         out[rows] = attend(q[rows], k, v, scale, window)
     return out
+
+
+def rope_attention(
+    qkv: torch.Tensor,
+    q_norm_weight: torch.Tensor | None,
+    k_norm_weight: torch.Tensor | None,
+    eps: float,
+    cos_sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """`qk_norm_rope_store` and `decode_attention` of one token a sequence, the last of its context. [B, Hq * D]."""
+    page = k_cache.shape[2]
+    positions = (context_lens.long() - 1).clamp(min=0)
+    blocks = block_table.gather(1, (positions // page)[:, None]).squeeze(1).long()
+    slots = torch.where(context_lens > 0, blocks * page + positions % page, -1)
+    q = qk_norm_rope_store(qkv, q_norm_weight, k_norm_weight, eps, cos_sin, positions, k_cache, v_cache, slots)
+    return decode_attention(q, k_cache, v_cache, block_table, context_lens, scale, window).flatten(1)
+
+
+def feed_tokens_(ids: torch.Tensor, sampled: torch.Tensor) -> None:
+    """ids [T] int64, in place: every id -1 - r becomes sampled[r]."""
+    ids.copy_(torch.where(ids < 0, sampled[(-1 - ids).clamp(min=0)], ids))

@@ -124,7 +124,7 @@ def _unsupported(
 ) -> list[str]:
     """What no kernel here can read, though PyTorch can."""
     reasons = []
-    if _name(x.dtype) not in ELEMENT_SIZES:
+    if dtype_name(x.dtype) not in ELEMENT_SIZES:
         reasons.append(f"dtype {x.dtype} is none of {', '.join(ELEMENT_SIZES)}")
     named = {"x": x, "weight": weight, "norm_weight": norm_weight, "bias": bias, "residual": residual}
     for name, tensor in named.items():
@@ -180,14 +180,15 @@ def _shape(tensor: torch.Tensor) -> list[int]:
     return list(tensor.shape)
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """As configurations and tables write it: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def _problem(x: torch.Tensor, weight: torch.Tensor, activation: str | None) -> Problem:
     rows, width = weight.shape
     swiglu = activation == "swiglu"
-    return Problem(x.numel() // width, rows // 2 if swiglu else rows, width, _name(x.dtype), swiglu)
+    return Problem(x.numel() // width, rows // 2 if swiglu else rows, width, dtype_name(x.dtype), swiglu)
 
 
 @functools.cache
@@ -229,7 +230,7 @@ def _unfused(
     return y if residual is None else y.add_(residual)
 
 
-def _launch(
+def launch(
     problem: Problem,
     config: FusionConfig,
     x: torch.Tensor,
@@ -238,29 +239,49 @@ def _launch(
     eps: float,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
+    *,
+    norm: bool = True,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Run one fused kernel on arguments that have been checked."""
-    y = torch.empty((*x.shape[:-1], problem.n), dtype=x.dtype, device=x.device)
+    """Run one fused kernel on arguments that have been checked; the operator without its questions.
+
+    norm=False leaves the norm out (`linear_residual`). out: [..., N] contiguous; it may be `residual`, since a program
+    reads just the elements that it writes.
+    """
+    y = torch.empty((*x.shape[:-1], problem.n), dtype=x.dtype, device=x.device) if out is None else out
     rows = x.reshape(problem.m, problem.k)
     stream = None if residual is None else residual.reshape(problem.m, problem.n)
     tensors = (rows, weight, norm_weight, bias, stream, y)
     strides = (rows.stride(0), weight.stride(0), 0 if stream is None else stream.stride(0))
     blocks = cdiv(problem.weight_rows, config.block_n)
     shared = {
-        "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "SWIGLU": problem.swiglu, "PDL": config.launch_pdl,
-        "num_warps": config.num_warps,
+        "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "NORM": norm, "SWIGLU": problem.swiglu,
+        "PDL": config.launch_pdl, "num_warps": config.num_warps,
     }  # fmt: skip
     if config.launch_pdl:
         shared["launch_pdl"] = True
     if config.variant == "gemv":
         kernels.gemv_kernel[(blocks,)](*tensors, problem.n, *strides, eps, M=problem.m, K=problem.k, **shared)
+    elif config.variant == "panel":
+        kernels.panel_kernel[(blocks,)](
+            *tensors, problem.m, problem.n, *strides, eps, K=problem.k, BLOCK_M=config.block_m,
+            SLICES=config.num_warps, FIRST=x.dtype == torch.float16, **shared,
+        )  # fmt: skip
     else:
         kernels.tile_kernel[(blocks, cdiv(problem.m, config.block_m))](
             *tensors, problem.m, problem.n, problem.k, *strides, eps,
             BLOCK_M=config.block_m, EVEN_K=problem.k % config.block_k == 0, FIRST=x.dtype == torch.float16,
-            num_stages=config.num_stages, **shared,
+            PREFETCH=_prefetch_segments(problem, config, weight), num_stages=config.num_stages, **shared,
         )  # fmt: skip
     return y
+
+
+def _prefetch_segments(problem: Problem, config: FusionConfig, weight: torch.Tensor) -> int:
+    """Pieces in which a dependent tile brings its weight rows to the L2 cache, about one a thread; 0 = it must not."""
+    segments = max(1, 32 * config.num_warps // config.block_n)
+    piece = problem.k * problem.element_size
+    aligned = weight.data_ptr() % 16 == 0 and weight.stride(0) * problem.element_size % 16 == 0
+    return segments if config.launch_pdl and aligned and piece % (16 * segments) == 0 else 0
 
 
 def _operator(
@@ -283,7 +304,7 @@ def _operator(
     chosen = _config(problem, x.device, config)
     if chosen.variant == "unfused":
         return _unfused(x, weight, norm_weight, eps, bias, residual, activation)
-    return _launch(problem, chosen, x, weight, norm_weight, eps, bias, residual)
+    return launch(problem, chosen, x, weight, norm_weight, eps, bias, residual)
 
 
 def _operator_shape(

@@ -9,6 +9,12 @@ SwiGLU needs rows n and N + n of the packed weight in one program: the rows of a
 that the main loop does not know, and the epilogue splits neighbours.
 
 Rows beyond the edge are clamped to the last one and not stored: no mask stands between a load and its vector width.
+
+NORM=False leaves the norm out: `linear_residual`, the other half of a decoder layer.
+PDL (programmatic dependent launch): a program starts while the kernel before it still runs, asks for its weights, and
+waits only before its first load of anything that kernel wrote. A GEMV holds the weights in registers by then; the
+tiles of `tile_kernel` stream through shared memory in a loop that must not contain the wait (triton#11905), so it
+brings its weight rows as far as the L2 cache.
 """
 
 from __future__ import annotations
@@ -56,7 +62,7 @@ def _finish(
 def gemv_kernel(
     x, weight, gamma, bias, residual, y, N, x_stride, weight_stride, residual_stride, eps,
     M: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SWIGLU: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, SWIGLU: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """All M rows of x against BLOCK_N rows of the weight, on CUDA cores. weight: [N or 2 N, K] with row stride.
 
@@ -69,7 +75,7 @@ def gemv_kernel(
     column = tl.arange(0, BLOCK_K)
     weight_row = _weight_rows(N, BLOCK_N, SWIGLU)
     tile = weight + weight_row[:, None] * weight_stride + column[None, :]
-    chunks = ()
+    chunks, scales = (), ()
     for i in tl.static_range(CHUNKS):
         if K % BLOCK_K == 0:
             chunk = tl.load(tile + i * BLOCK_K, eviction_policy="evict_first")
@@ -77,23 +83,45 @@ def gemv_kernel(
             inside = (i * BLOCK_K + column < K)[None, :]
             chunk = tl.load(tile + i * BLOCK_K, mask=inside, other=0.0, eviction_policy="evict_first")
         chunks = chunks + (chunk,)  # type: ignore[assignment]
+        if NORM and gamma is not None:
+            scale = tl.load(gamma + i * BLOCK_K + column, mask=i * BLOCK_K + column < K, other=0.0)
+            scales = scales + (scale,)  # type: ignore[assignment]
     if PDL:
         tl.extra.cuda.gdc_wait()
 
+    # All of x is asked for before the first sum: a reduction is a barrier, and no load moves across it.
+    values = ()
+    for j in tl.static_range(M * CHUNKS):
+        start = (j % CHUNKS) * BLOCK_K
+        value = tl.load(x + (j // CHUNKS) * x_stride + start + column, mask=start + column < K, other=0.0)
+        values = values + (value,)  # type: ignore[assignment]
     for m in tl.static_range(M):
         products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         squares = tl.zeros((BLOCK_K,), tl.float32)
         for i in tl.static_range(CHUNKS):
-            inside = i * BLOCK_K + column < K
-            value = tl.load(x + m * x_stride + i * BLOCK_K + column, mask=inside, other=0.0).to(tl.float32)
-            squares += value * value
-            if gamma is not None:
-                value *= tl.load(gamma + i * BLOCK_K + column, mask=inside, other=0.0).to(tl.float32)
+            value = values[m * CHUNKS + i].to(tl.float32)
+            if NORM:
+                squares += value * value
+                if gamma is not None:
+                    value *= scales[i].to(tl.float32)
             products += chunks[i].to(tl.float32) * value[None, :]
-        rstd = tl.rsqrt(tl.sum(squares) / K + eps)
-        total = (tl.sum(products, axis=1) * rstd)[None, :]
+        total = tl.sum(products, axis=1)[None, :]
+        if NORM:
+            total *= tl.rsqrt(tl.sum(squares) / K + eps)
         row = tl.full((1,), m, tl.int64)
         _finish(total, row, row >= 0, weight_row, bias, residual, y, N, residual_stride, 1, BLOCK_N, SWIGLU)
+
+
+@jit()
+def _prefetch_rows(weight, weight_row, weight_stride, K, SEGMENTS: tl.constexpr):
+    """Ask for weight rows to be brought into the L2 cache (Hopper), each in SEGMENTS pieces of n x 16 bytes."""
+    length = K // SEGMENTS
+    start = weight + weight_row[:, None] * weight_stride + (tl.arange(0, SEGMENTS) * length)[None, :]
+    size = tl.zeros(start.shape, tl.int32) + length * (weight.dtype.element_ty.primitive_bitwidth // 8)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r", [start, size], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @jit()
@@ -111,7 +139,7 @@ def _row_rstd(x_tile, K, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
 def tile_kernel(
     x, weight, gamma, bias, residual, y, M, N, K, x_stride, weight_stride, residual_stride, eps,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-    FIRST: tl.constexpr, SWIGLU: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, FIRST: tl.constexpr, SWIGLU: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): weight rows of block i times rows j * BLOCK_M.. of x, on tensor cores.
 
@@ -127,8 +155,10 @@ def tile_kernel(
     x_tile = x + tl.minimum(row, M - 1)[None, :] * x_stride + column[:, None]
     if PDL:  # above the loop: a pipelined loop would load x before a wait inside it
         tl.extra.cuda.gdc_launch_dependents()
+        if PREFETCH:
+            _prefetch_rows(weight, weight_row, weight_stride, K, PREFETCH)
         tl.extra.cuda.gdc_wait()
-    if FIRST:
+    if NORM and FIRST:
         rstd = _row_rstd(x_tile, K, eps, BLOCK_M, BLOCK_K)
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -136,23 +166,85 @@ def tile_kernel(
     for start in range(0, K, BLOCK_K):
         if EVEN_K:
             w = tl.load(tile + start, eviction_policy="evict_first")
-            value = tl.load(x_tile + start).to(tl.float32)
+            value = tl.load(x_tile + start)
         else:
             inside = start + column < K
             w = tl.load(tile + start, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
-            value = tl.load(x_tile + start, mask=inside[:, None], other=0.0).to(tl.float32)
-        if FIRST:
-            value *= rstd[None, :]
-        else:
-            squares += tl.sum(value * value, axis=0)
-        if gamma is not None:
-            if EVEN_K:
-                scale = tl.load(gamma + start + column)
+            value = tl.load(x_tile + start, mask=inside[:, None], other=0.0)
+        if NORM:
+            value = value.to(tl.float32)
+            if FIRST:
+                value *= rstd[None, :]
             else:
-                scale = tl.load(gamma + start + column, mask=start + column < K, other=0.0)
-            value *= scale.to(tl.float32)[:, None]
+                squares += tl.sum(value * value, axis=0)
+            if gamma is not None:
+                if EVEN_K:
+                    scale = tl.load(gamma + start + column)
+                else:
+                    scale = tl.load(gamma + start + column, mask=start + column < K, other=0.0)
+                value *= scale.to(tl.float32)[:, None]
         acc = tl.dot(w, value.to(w.dtype), acc, input_precision="ieee")
-    if not FIRST:
+    if NORM and not FIRST:
         acc *= tl.rsqrt(squares / K + eps)[None, :]
     total = tl.trans(acc)
     _finish(total, row, row < M, weight_row, bias, residual, y, N, residual_stride, BLOCK_M, BLOCK_N, SWIGLU)
+
+
+@jit(do_not_specialize=("M", "N"))
+def panel_kernel(
+    x, weight, gamma, bias, residual, y, M, N, x_stride, weight_stride, residual_stride, eps,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
+    NORM: tl.constexpr, FIRST: tl.constexpr, SWIGLU: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Up to BLOCK_M rows of x against BLOCK_N rows of the weight, on tensor cores, the weight held in registers.
+
+    A GEMV's way of asking for all of its weights at once, with `tile_kernel`'s products. K is cut into SLICES, one a
+    warp, for a dozen weight rows are too few to occupy several warps otherwise: their products are summed at the end.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    CHUNKS: tl.constexpr = (K + SLICES * BLOCK_K - 1) // (SLICES * BLOCK_K)
+    weight_row = _weight_rows(N, BLOCK_N, SWIGLU)
+    column = tl.arange(0, SLICES)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # [SLICES, BLOCK_K] of a chunk
+    tile = weight + weight_row[None, :, None] * weight_stride + column[:, None, :]
+    chunks, scales = (), ()
+    for i in tl.static_range(CHUNKS):
+        start = i * SLICES * BLOCK_K
+        if K % (SLICES * BLOCK_K) == 0:
+            chunk = tl.load(tile + start, eviction_policy="evict_first")
+        else:
+            inside = (start + column < K)[:, None, :]
+            chunk = tl.load(tile + start, mask=inside, other=0.0, eviction_policy="evict_first")
+        chunks = chunks + (chunk,)  # type: ignore[assignment]
+        if NORM and gamma is not None:
+            scale = tl.load(gamma + start + column, mask=start + column < K, other=0.0)
+            scales = scales + (scale,)  # type: ignore[assignment]
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+    row = tl.arange(0, BLOCK_M).to(tl.int64)
+    x_tile = x + tl.minimum(row, M - 1)[None, None, :] * x_stride + column[:, :, None]
+    values = ()
+    for i in tl.static_range(CHUNKS):
+        start = i * SLICES * BLOCK_K
+        value = tl.load(x_tile + start, mask=(start + column < K)[:, :, None], other=0.0)
+        values = values + (value,)  # type: ignore[assignment]
+    squares = tl.zeros((SLICES, BLOCK_M), tl.float32)
+    if NORM:
+        for i in tl.static_range(CHUNKS):
+            squares += tl.sum(values[i].to(tl.float32) * values[i].to(tl.float32), axis=1)
+        rstd = tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
+    acc = tl.zeros((SLICES, BLOCK_N, BLOCK_M), tl.float32)
+    for i in tl.static_range(CHUNKS):
+        value = values[i]
+        if NORM:
+            value = value.to(tl.float32)
+            if FIRST:
+                value *= rstd[None, None, :]
+            if gamma is not None:
+                value *= scales[i].to(tl.float32)[:, :, None]
+        acc += tl.dot(chunks[i], value.to(chunks[i].dtype), input_precision="ieee")
+    total = tl.sum(acc, axis=0)
+    if NORM and not FIRST:
+        total *= rstd[None, :]
+    _finish(tl.trans(total), row, row < M, weight_row, bias, residual, y, N, residual_stride, BLOCK_M, BLOCK_N, SWIGLU)

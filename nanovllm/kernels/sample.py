@@ -75,16 +75,20 @@ def _uniform(index, key_1, key_2):
     return ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2**-23
 
 
-@jit(unaligned=("temperature", "seeds", "positions"))
+@jit(unaligned=("temperature", "seeds", "positions", "threshold"))
 def _chunk_kernel(
-    logits, temperature, seeds, positions, best_score, best_index, row_stride, vocab, chunk, BLOCK: tl.constexpr
-):
-    """One program a (row, chunk). logits: [R, vocab] with row stride; best_score, best_index: [R, chunks]."""
+    logits, temperature, seeds, positions, threshold, best_score, best_index, row_stride, vocab, chunk,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a (row, chunk). logits: [R, vocab] with row stride; threshold: [R] or None; best_score, best_index:
+    [R, chunks]."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     heat = tl.load(temperature + row)
     key_1, key_2 = _row_keys(tl.load(seeds + row), tl.load(positions + row))
     inverse = tl.div_rn(1.0, tl.where(heat > 0.0, heat, 1.0))
+    if threshold is not None:
+        cut = tl.load(threshold + row)
 
     lane = tl.arange(0, BLOCK)
     begin = split * chunk
@@ -95,6 +99,8 @@ def _chunk_kernel(
     for start in range(begin, end, BLOCK):
         index = start + lane
         score = tl.load(logits + row * row_stride + index, mask=index < end, other=float("-inf")).to(tl.float32)
+        if threshold is not None:
+            score = tl.where(score < cut, float("-inf"), score)
         if heat > 0.0:
             noise = -tl.log(-tl.log(_uniform(index, key_1, key_2)))
             score = score * inverse + noise
@@ -134,27 +140,31 @@ def sample(
     seeds: torch.Tensor,
     positions: torch.Tensor,
     *,
+    threshold: torch.Tensor | None = None,
     config: SampleConfig | None = None,
 ) -> torch.Tensor:
     """One token a row, drawn from softmax(logits / temperature); temperature 0 is greedy.
 
     logits: [R, V], any float dtype, rows may be strided; temperature: float32 [R], 0 or at least 1e-5; seeds: int64
-    [R]; positions: int32 or int64 [R], the position in its sequence of the token that gave the row. Returns int64 [R].
+    [R]; positions: int32 or int64 [R], the position in its sequence of the token that gave the row; threshold: float32
+    [R], logits below it (unscaled) are excluded, see `sample_cut`. Returns int64 [R].
     Asynchronous on CUDA. Raises ValueError for shapes that do not match.
     """
     rows, vocab = logits.shape
-    for name, tensor in (("temperature", temperature), ("seeds", seeds), ("positions", positions)):
-        if tensor.shape != (rows,):
+    vectors = {"temperature": temperature, "seeds": seeds, "positions": positions, "threshold": threshold}
+    for name, tensor in vectors.items():
+        if tensor is not None and tensor.shape != (rows,):
             raise ValueError(f"{name} must have shape ({rows},) to match logits, got {tuple(tensor.shape)}")
     if rows == 0 or not use_triton(logits):
-        return sample_reference.sample(logits, temperature, seeds, positions)
-    require_unit_stride(logits=logits, temperature=temperature, seeds=seeds, positions=positions)
+        return sample_reference.sample(logits, temperature, seeds, positions, threshold)
+    require_unit_stride(logits=logits, **vectors)
     config = config or sample_config(rows, vocab, num_sms(logits.device))
     best_score = torch.empty(rows, config.splits, dtype=torch.float32, device=logits.device)
     best_index = torch.empty(rows, config.splits, dtype=torch.int32, device=logits.device)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     _chunk_kernel[(rows, config.splits)](
-        logits, temperature, seeds, positions, best_score, best_index, logits.stride(0), vocab, config.chunk,
+        logits, temperature, seeds, positions, threshold, best_score, best_index, logits.stride(0), vocab,
+        config.chunk,
         BLOCK=config.block, num_warps=config.num_warps,
     )  # fmt: skip
     block = 1 << (config.splits - 1).bit_length()

@@ -1,4 +1,5 @@
-"""Stateless random numbers and sampling in plain PyTorch: the specification of `sample`, and its CPU path.
+"""Stateless random numbers, cuts and sampling in plain PyTorch: the specification of `sample` and `sample_cut`, and
+their CPU path.
 
 Gumbel-max: argmax(logits / T + g) with g = -log(-log(u)) is a draw from softmax(logits / T), so sampling needs neither
 the softmax nor its sum (Gumbel 1954; used for language models in arXiv 2603.15854).
@@ -9,9 +10,13 @@ therefore draws the same tokens in whatever batch, order or chunking it runs, an
 
 The hash is Wellons' `lowbias32` mixer, twice for each element, with two 32-bit keys that a row derives from its seed
 and position. All of it is arithmetic modulo 2**32, written here in int32, which wraps, and in `sample` in uint32.
+
+A cut (top-k, top-p, min-p) is one threshold a row on the logits, see `cut_threshold`.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -23,6 +28,7 @@ _KEY_1 = 0x9E3779B9 - 2**32
 _KEY_2 = 0xBB67AE85 - 2**32
 
 GUMBEL_SPREAD = 19.5  # the largest noise minus the smallest, rounded up
+_HEAD = 1024  # so many of the largest logits are looked at before a whole row is sorted
 
 
 def mix32(x: torch.Tensor) -> torch.Tensor:
@@ -67,12 +73,17 @@ def gumbel(keys: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def sample(
-    logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    threshold: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One token a row: argmax(logits * (1 / temperature) + gumbel), or argmax(logits) where temperature is 0.
 
     logits: [R, V], any float dtype, computed in float32; temperature: float32 [R]; seeds: int64 [R];
-    positions: integer [R]. Returns int64 [R]. The lowest index wins a tie.
+    positions: integer [R]; threshold: float32 [R], logits below it cannot win. Returns int64 [R]. The lowest index
+    wins a tie.
     """
     tokens = logits.argmax(dim=-1)
     random_rows = torch.nonzero(temperature > 0).flatten().tolist()
@@ -82,6 +93,8 @@ def sample(
     vocabulary = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
     for row in random_rows:
         scores = logits[row].float() * (1.0 / temperature[row])
+        if threshold is not None:
+            scores.masked_fill_(logits[row].float() < threshold[row], -math.inf)
         # Noise costs some forty operations an element; tokens too far behind for any noise to bring them to the front
         # can do without. Below a quarter, gathering the others pays. Written so that NaN counts as near.
         near = ~(scores < scores.max() - GUMBEL_SPREAD)
@@ -93,6 +106,55 @@ def sample(
             noise = gumbel(keys[:, row : row + 1], vocabulary)
             tokens[row] = (scores + noise[0]).argmax()
     return tokens
+
+
+def cut_threshold(
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> torch.Tensor:
+    """The logit below which top-k, top-p and min-p exclude a token, float32 [R]; -inf where nothing is excluded.
+
+    logits: [R, V], any float dtype, computed in float32; temperature: float32 [R], a row with 0 is greedy and not cut;
+    top_k: integer [R], 0 for none; top_p: float32 [R] above 0, 1 for none; min_p: float32 [R], 0 to 1, 0 for none.
+
+    Order and meaning are Hugging Face's. With shares exp((logit - largest) / temperature):
+      top-k   keeps logits not below the k-th largest;
+      top-p   among those, of share total Z, a logit if the shares of all larger ones together are less than top_p * Z;
+      min-p   keeps shares of at least min_p.
+    Tokens with equal logits are kept or cut together, so that no order of a sort shows (Hugging Face's top-p splits
+    ties; its top-k and min-p do not). The largest is always kept. NaN counts as -inf.
+    """
+    result = torch.full((logits.shape[0],), -math.inf, dtype=torch.float32, device=logits.device)
+    asked = (temperature > 0) & (((top_k > 0) & (top_k < logits.shape[1])) | (top_p < 1) | (min_p > 0))
+    for row in torch.nonzero(asked).flatten().tolist():
+        heat, k, p, floor = (float(t[row]) for t in (temperature, top_k, top_p, min_p))
+        result[row] = _row_threshold(logits[row].float(), heat, int(k), p, floor)
+    return result
+
+
+def _row_threshold(logits: torch.Tensor, heat: float, k: int, p: float, floor: float) -> float:
+    """`cut_threshold` of one row. logits: float32 [V]."""
+    values = torch.where(logits.isnan(), -math.inf, logits)
+    largest, vocab = values.max(), values.numel()
+
+    def share(x: torch.Tensor) -> torch.Tensor:
+        # An infinite largest logit has the distance 0 from itself.
+        return torch.where(x == largest, 1.0, torch.exp((x - largest) * (1.0 / heat)))
+
+    cut = -math.inf
+    if 0 < k < vocab:
+        cut = float(values.topk(k).values[-1])
+    if p < 1.0:
+        total = share(values[values >= cut]).sum(dtype=torch.float64)
+        # Nearly always few tokens hold the share p: finding those is a twentieth of the work of a sort.
+        for head in (min(_HEAD, vocab), vocab):
+            best = values.topk(head).values if head < vocab else values.sort(descending=True).values
+            enough = torch.nonzero(share(best).cumsum(0, dtype=torch.float64) >= p * total)
+            if len(enough):  # never, if rounding keeps all shares together below p: then nothing is cut
+                cut = max(cut, float(best[enough[0]]))
+                break
+    if floor > 0.0:
+        cut = max(cut, float(largest) + math.log(floor) * heat)
+    return min(cut, float(largest))  # in float64, a largest logit minus nothing may round up
 
 
 def _low32(x: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,8 @@ from nanovllm.layers.parallel import Build
 class VocabParallelEmbedding(nn.Module):
     """Rows [rank * V / world, …) of the embedding table; V is padded so that it divides."""
 
+    bias: torch.Tensor | None = None  # as the LM head it is a linear layer without one
+
     def __init__(self, vocab_size: int, hidden_size: int, build: Build) -> None:
         super().__init__()
         self.tp = build.tp

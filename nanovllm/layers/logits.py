@@ -1,21 +1,16 @@
 """What may happen to logits between the model and the choice of a token: plain functions of float32 tensors.
 
-Order and meaning are those of Hugging Face's logits processors: penalties, bias, temperature, top-k, top-p, min-p.
-Changes to single entries (penalties, bias, bans) address them by flat index (row * vocab + token), so that one array
-serves rows of different lengths. Cuts are thresholds on the value: tokens with equal logits are kept or cut together,
-and the result does not depend on how a sort orders them.
-Nothing here waits for the device.
+Order and meaning are those of Hugging Face's logits processors: penalties, bias, then temperature and the cuts, which
+`kernels.sample_cut` does. Changes to single entries (penalties, bias, bans) address them by flat index
+(row * vocab + token), so that one array serves rows of different lengths.
+Nothing here waits for the device, and nothing sorts a vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-
-FEW = 1024  # so many of the largest logits are found by selection, more by sorting
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,59 +36,6 @@ def penalise_(logits: torch.Tensor, seen: torch.Tensor, counts: torch.Tensor, pe
     value -= penalties.frequency[row] * counts
     value -= penalties.presence[row] * (counts > 0)
     flat.index_copy_(0, seen, value)
-
-
-@dataclass(frozen=True, slots=True)
-class Cuts:
-    """Top-k, top-p and min-p of F rows; columns [F, 1] on the device.
-
-    `head`: how many of the largest logits decide about top-k and top-p, 0 for neither; either no row's k is above it,
-    or it is V. Rows without top-k hold k = V, rows without top-p hold p = 2 (rounding can bring a sum of
-    probabilities above 1).
-    """
-
-    temperature: torch.Tensor  # float32, above 0
-    top_k: torch.Tensor  # int64, 1 to V
-    top_p: torch.Tensor  # float32
-    log_min_p: torch.Tensor  # float32, -inf for none
-    head: int
-
-
-def cut_(logits: torch.Tensor, cuts: Cuts) -> None:
-    """Set to -inf what top-k, top-p and min-p exclude, in place; the other logits stay unscaled. logits: [F, V].
-
-    top-k keeps the k largest; top-p, among those, the tokens for which all larger ones together have less than
-    probability p; min-p those of at least min_p times the largest probability. The largest is always kept.
-    """
-    scores = logits * (1.0 / cuts.temperature)
-    threshold = scores.amax(dim=-1, keepdim=True) + cuts.log_min_p
-    if cuts.head:
-        best = _largest(scores, cuts)  # [F, H], descending
-        head = best.shape[1]
-        kth = best.gather(1, (cuts.top_k - 1).clamp(max=head - 1)).masked_fill_(cuts.top_k > head, -math.inf)
-        # The sum runs over the row and not over `best`: more than k tokens may reach the k-th value.
-        log_sum = scores.masked_fill(scores < kth, -math.inf).logsumexp(dim=-1, keepdim=True)
-        mass = torch.exp(best - log_sum).cumsum(dim=-1)
-        larger = F.pad(mass[:, :-1], (1, 0))  # probability of all before this one
-        kept = ((larger < cuts.top_p) & (best >= kth)).sum(dim=-1, keepdim=True)
-        # NaN logits keep nothing; an index of -1 would be a device-side fault, which no later request survives.
-        threshold = torch.maximum(threshold, best.gather(1, (kept - 1).clamp_(min=0)))
-    logits.masked_fill_(scores < threshold, -math.inf)
-
-
-def _largest(scores: torch.Tensor, cuts: Cuts) -> torch.Tensor:
-    """The largest of each row, descending: enough of them for `cuts`. scores: [F, V]. Returns [F, H], H <= V."""
-    width = scores.shape[1]
-    if cuts.head < width:
-        return scores.topk(cuts.head, dim=-1).values
-    # Where asking costs no synchronisation: nearly always a few tokens hold the probability p, and finding those takes
-    # a twentieth of a sort of 49,152 (145 us against 3.7 ms on one core). The sums below are those of the full sort.
-    if scores.device.type == "cpu" and width > FEW and bool((cuts.top_k >= width).all()):
-        best = scores.topk(FEW, dim=-1).values
-        mass = torch.exp(best - scores.logsumexp(dim=-1, keepdim=True)).cumsum(dim=-1)
-        if bool((mass[:, -1:] >= cuts.top_p).all()):
-            return best
-    return scores.sort(dim=-1, descending=True).values
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,10 @@
 """The sampler: logits of R rows in, one token a row out, each by its own sequence's rules.
 
-Three paths, from cheap to rich, and a row takes the same decision on each of them:
+Paths, from cheap to rich, and a row takes the same decision on each of them:
   all greedy      argmax
   temperature     one fused operation for all rows (`kernels.sample`), greedy rows among them
-  special rows    a float32 copy of just those rows: penalties, bias, processors, min_tokens, top-k, top-p, min-p; then
-                  the same fused operation
+  cuts            top-k, top-p, min-p: the same, with a threshold on the logits (`kernels.sample_cut`)
+  special rows    a float32 copy of just those rows: penalties, bias, processors, min_tokens; then one of the above
 Random numbers are a hash of (seed, position, token), so the tokens of a sequence do not depend on its company.
 The device is waited for only when a Python logits processor has to see its row.
 """
@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 import torch
 
 from nanovllm.kernels.sample import sample
-from nanovllm.layers.logits import TokenLogprobs, cut_, penalise_, score_tokens
-from nanovllm.layers.sampling_batch import SamplingBatch, SamplingRow, Special
+from nanovllm.kernels.sample_cut import sample_rows
+from nanovllm.layers.logits import TokenLogprobs, penalise_, score_tokens
+from nanovllm.layers.sampling_batch import Choice, SamplingBatch, SamplingRow, Special
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +47,23 @@ class Sampler:
         """
         if logits.shape != (len(rows), self.vocab_size):
             raise ValueError(f"logits must have shape ({len(rows)}, {self.vocab_size}), got {tuple(logits.shape)}")
-        if self._batch is None or self._batch.rows != tuple(rows):
-            self._batch = SamplingBatch.build(rows, self.vocab_size, self.device)
-        batch, errors = self._batch, dict[int, str]()
+        batch, errors = self._batch_of(rows), dict[int, str]()
         if batch.special is None:
-            tokens = _choose(logits, batch, positions)
+            tokens = _choose(logits, batch.choice, positions)
         else:
             tokens, errors = self._sample_special(logits, batch, batch.special, positions)
         return SamplerOutput(tokens, _score(logits, batch, tokens), errors)
+
+    def score(self, logits: torch.Tensor, rows: Sequence[SamplingRow], tokens: torch.Tensor) -> SamplerOutput:
+        """The output for tokens [R] that a graph chose from `logits`, with log-probabilities where rows want them."""
+        if all(row.params.logprobs is None for row in rows):
+            return SamplerOutput(tokens)
+        return SamplerOutput(tokens, _score(logits, self._batch_of(rows), tokens))
+
+    def _batch_of(self, rows: Sequence[SamplingRow]) -> SamplingBatch:
+        if self._batch is None or self._batch.rows != tuple(rows):
+            self._batch = SamplingBatch.build(rows, self.vocab_size, self.device)
+        return self._batch
 
     def _sample_special(
         self, logits: torch.Tensor, batch: SamplingBatch, special: Special, positions: torch.Tensor
@@ -68,19 +78,19 @@ class Sampler:
         if "banned" in entries:
             own.view(-1).index_fill_(0, entries["banned"], -math.inf)
         errors |= _check_processed(own, batch, special, errors)
-        for where, cuts in special.cuts:
-            cut_(own[where], cuts)
-        tokens = sample(own, special.temperature, special.seeds, positions.index_select(0, special.index))
+        tokens = _choose(own, special.choice, positions.index_select(0, special.index))
         everything = len(special.numbers) == len(batch.rows)
-        all_tokens = torch.empty_like(tokens) if everything else _choose(logits, batch, positions)
+        all_tokens = torch.empty_like(tokens) if everything else _choose(logits, batch.choice, positions)
         return all_tokens.index_copy_(0, special.index, tokens), errors
 
 
-def _choose(logits: torch.Tensor, batch: SamplingBatch, positions: torch.Tensor) -> torch.Tensor:
-    """By temperature alone. logits: [R, V]. Returns int64 [R]."""
-    if batch.all_greedy:
+def _choose(logits: torch.Tensor, choice: Choice, positions: torch.Tensor) -> torch.Tensor:
+    """logits: [N, V], not changed any more. Returns int64 [N]."""
+    if choice.all_greedy:
         return logits.argmax(dim=-1)
-    return sample(logits, batch.temperature, batch.seeds, positions)
+    if not choice.any_cut:
+        return sample(logits, choice.temperature, choice.seeds, positions)
+    return sample_rows(logits, choice.at(positions))
 
 
 def _score(logits: torch.Tensor, batch: SamplingBatch, tokens: torch.Tensor) -> TokenLogprobs | None:

@@ -7,19 +7,17 @@ This module computes nothing on logits; `logits` and `sampler` do.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from nanovllm.layers.logits import FEW, Cuts, Penalties
+from nanovllm.kernels.sample_cut import RowParams
+from nanovllm.layers.logits import Penalties
 from nanovllm.sampling_params import ResolvedSampling
 
 _ALIGN = 16  # bytes
-# What a row's cuts need of its sorted logits; rows are grouped by it.
-_NO_CUT, _MIN_P_ONLY, _TOP_K, _SORT = range(4)
 
 
 class TokenCounts:
@@ -70,17 +68,32 @@ class SamplingRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Special:
-    """The S rows of a batch whose logits are changed or cut before the choice; tensors on the device."""
+class Choice:
+    """How N rows choose from their logits: what `kernels.sample_cut.RowParams` holds, without the positions."""
 
-    numbers: list[int]  # which rows of the batch, those with the same kind of cut side by side
+    all_greedy: bool
+    any_cut: bool  # whether a row has top-k, top-p or min-p
+    temperature: torch.Tensor  # [N] float32, 0 for greedy
+    seeds: torch.Tensor  # [N] int64
+    top_k: torch.Tensor  # [N] int32, 0 for none
+    top_p: torch.Tensor  # [N] float32, 1 for none
+    min_p: torch.Tensor  # [N] float32, 0 for none
+
+    def at(self, positions: torch.Tensor) -> RowParams:
+        """With the rows' positions, an integer tensor [N]."""
+        return RowParams(self.temperature, self.seeds, positions, self.top_k, self.top_p, self.min_p)
+
+
+@dataclass(frozen=True, slots=True)
+class Special:
+    """The S rows of a batch whose logits are changed before the choice; tensors on the device."""
+
+    numbers: list[int]  # which rows of the batch, ascending
     index: torch.Tensor  # [S] int64, the same
-    temperature: torch.Tensor  # [S] float32
-    seeds: torch.Tensor  # [S] int64
+    choice: Choice
     penalties: Penalties
     bias_index: torch.Tensor  # [N] int64, flat indices into [S, V]
     bias: torch.Tensor  # [N] float32
-    cuts: list[tuple[slice, Cuts]]  # which of the S rows, and what is cut there
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +101,7 @@ class SamplingBatch:
     """R rows as the device needs them."""
 
     rows: tuple[SamplingRow, ...]
-    all_greedy: bool
-    temperature: torch.Tensor  # [R] float32
-    seeds: torch.Tensor  # [R] int64
+    choice: Choice
     special: Special | None
     scored: list[int]  # rows that want log-probabilities
     scored_index: torch.Tensor  # [L] int64, the same
@@ -98,26 +109,17 @@ class SamplingBatch:
     @classmethod
     def build(cls, rows: Sequence[SamplingRow], vocab_size: int, device: torch.device) -> SamplingBatch:
         """Pack the parameters of `rows`; one copy to the device."""
-        special = sorted(
-            (i for i, row in enumerate(rows) if _is_special(row.params)), key=lambda i: _cut(rows[i].params)
-        )
+        special = [i for i, row in enumerate(rows) if row.params.changes_logits]
         scored = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-        arrays: dict[str, np.ndarray] = {
-            "temperature": np.array([row.params.temperature for row in rows], np.float32),
-            "seeds": np.array([row.seed % 2**64 for row in rows], np.uint64).view(np.int64),
-            "scored": np.array(scored, np.int64),
-        }
+        arrays = _pack_choice("", rows) | {"scored": np.array(scored, np.int64)}
+        own = [rows[i] for i in special]
         if special:
-            arrays |= _pack_special(special, [rows[i].params for i in special], vocab_size)
-            arrays["special.temperature"] = arrays["temperature"][special]
-            arrays["special.seeds"] = arrays["seeds"][special]
+            arrays |= _pack_choice("special.", own) | _pack_special(special, [row.params for row in own], vocab_size)
         tensors = to_device(arrays, device)
         return cls(
             rows=tuple(rows),
-            all_greedy=all(row.params.is_greedy for row in rows),
-            temperature=tensors["temperature"],
-            seeds=tensors["seeds"],
-            special=_special(special, rows, tensors, vocab_size) if special else None,
+            choice=_choice("", rows, tensors),
+            special=_special(special, own, tensors) if special else None,
             scored=scored,
             scored_index=tensors["scored"],
         )
@@ -145,23 +147,24 @@ class SamplingBatch:
         return to_device(arrays, device) if arrays else {}
 
 
-def _is_special(params: ResolvedSampling) -> bool:
-    return bool(
-        params.has_filters
-        or params.has_penalties
-        or params.logit_bias
-        or params.logits_processors
-        or (params.min_tokens and params.end_token_ids)
+def _pack_choice(prefix: str, rows: Sequence[SamplingRow]) -> dict[str, np.ndarray]:
+    """Arrays of a `Choice`, their names with a prefix."""
+    params = [row.params for row in rows]
+    return {
+        prefix + "temperature": np.array([p.temperature for p in params], np.float32),
+        prefix + "seeds": np.array([row.seed % 2**64 for row in rows], np.uint64).view(np.int64),
+        prefix + "top_k": np.array([min(p.top_k, 2**31 - 1) for p in params], np.int32),
+        prefix + "top_p": np.array([p.top_p for p in params], np.float32),
+        prefix + "min_p": np.array([p.min_p for p in params], np.float32),
+    }
+
+
+def _choice(prefix: str, rows: Sequence[SamplingRow], tensors: dict[str, torch.Tensor]) -> Choice:
+    return Choice(
+        all_greedy=all(row.params.is_greedy for row in rows),
+        any_cut=any(row.params.has_filters for row in rows),
+        **{name: tensors[prefix + name] for name in ("temperature", "seeds", "top_k", "top_p", "min_p")},
     )
-
-
-def _cut(params: ResolvedSampling) -> int:
-    """The kind of cut, one of the constants above."""
-    if not params.has_filters:
-        return _NO_CUT
-    if 0 < params.top_k <= FEW:
-        return _TOP_K
-    return _SORT if params.top_k or params.top_p < 1.0 else _MIN_P_ONLY
 
 
 def _pack_special(special: list[int], params: list[ResolvedSampling], vocab_size: int) -> dict[str, np.ndarray]:
@@ -174,35 +177,18 @@ def _pack_special(special: list[int], params: list[ResolvedSampling], vocab_size
         "frequency": np.array([p.frequency_penalty for p in params], np.float32),
         "bias_index": np.array([index for index, _ in bias], np.int64),
         "bias": np.array([value for _, value in bias], np.float32),
-        "top_k": np.array([min(p.top_k, vocab_size) or vocab_size for p in params], np.int64),
-        "top_p": np.array([p.top_p if p.top_p < 1.0 else 2.0 for p in params], np.float32),
-        "log_min_p": np.array([math.log(p.min_p) if p.min_p else -math.inf for p in params], np.float32),
     }
 
 
-def _special(
-    special: list[int], rows: Sequence[SamplingRow], tensors: dict[str, torch.Tensor], vocab_size: int
-) -> Special:
-    """The special rows from their tensors; rows of one kind of cut are a slice."""
-    kinds = [_cut(rows[i].params) for i in special]
-    cuts = []
-    for kind in (_MIN_P_ONLY, _TOP_K, _SORT):
-        where = slice(kinds.index(kind), kinds.index(kind) + kinds.count(kind)) if kind in kinds else slice(0)
-        members = [rows[i].params for i in special[where]]
-        if members:
-            largest_k = max(min(p.top_k, vocab_size) for p in members)
-            head = {_MIN_P_ONLY: 0, _TOP_K: largest_k, _SORT: vocab_size}[kind]
-            columns = {name: tensors[name][where, None] for name in ("top_k", "top_p", "log_min_p")}
-            cuts.append((where, Cuts(temperature=tensors["special.temperature"][where, None], **columns, head=head)))
+def _special(special: list[int], own: Sequence[SamplingRow], tensors: dict[str, torch.Tensor]) -> Special:
+    """The special rows, `own`, from their tensors."""
     return Special(
         numbers=special,
         index=tensors["special.index"],
-        temperature=tensors["special.temperature"],
-        seeds=tensors["special.seeds"],
+        choice=_choice("special.", own, tensors),
         penalties=Penalties(tensors["repetition"], tensors["presence"], tensors["frequency"]),
         bias_index=tensors["bias_index"],
         bias=tensors["bias"],
-        cuts=cuts,
     )
 
 

@@ -7,19 +7,25 @@ Projections that share an input are one matmul: every RMSNorm is followed by exa
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import nn
 
 from nanovllm.config import ModelConfig
 from nanovllm.kernels.rope import qk_norm_rope_store
+from nanovllm.kernels.rope_attention import rope_attention
 from nanovllm.layers.activation import SiluAndMul
 from nanovllm.layers.attention.backend import AttentionBackend
 from nanovllm.layers.embedding import LMHead, VocabParallelEmbedding
 from nanovllm.layers.forward_batch import ForwardBatch, KVCaches
+from nanovllm.layers.fused_norm_linear import linear_residual_, norm_linear
 from nanovllm.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.parallel import Build
 from nanovllm.layers.rotary import RopeRows, RotaryEmbedding
+from nanovllm.utils import nvtx
 
 
 class LlamaAttention(nn.Module):
@@ -51,6 +57,30 @@ class LlamaAttention(nn.Module):
         )
         out = self.backend.forward(q, *cache, batch.attention, self.scale, self.window)
         return self.o_proj(out.flatten(1))
+
+    def decode(
+        self,
+        qkv: torch.Tensor,
+        table: torch.Tensor,
+        cache: tuple[torch.Tensor, torch.Tensor],
+        batch: ForwardBatch,
+        arrived: torch.Tensor,
+    ) -> torch.Tensor:
+        """The fused twin of everything between the projections: qkv [B, …] -> [B, Hq * D], one token a sequence."""
+        return rope_attention(
+            qkv,
+            self.q_norm.weight if self.q_norm is not None else None,
+            self.k_norm.weight if self.k_norm is not None else None,
+            self.eps,
+            table,
+            *cache,
+            batch.attention.block_table,
+            batch.attention.context_lens,
+            self.scale,
+            self.window,
+            batch.attention.max_context_len,
+            arrived=arrived,
+        )
 
 
 class LlamaMLP(nn.Module):
@@ -97,6 +127,21 @@ class LlamaDecoderLayer(nn.Module):
         x, residual = self.post_attention_layernorm.add(x, residual)
         return self.mlp(x), residual
 
+    def decode(
+        self,
+        x: torch.Tensor,
+        table: torch.Tensor,
+        cache: tuple[torch.Tensor, torch.Tensor],
+        batch: ForwardBatch,
+        arrived: torch.Tensor,
+    ) -> torch.Tensor:
+        """The layer in five kernels: x [B, hidden], the residual stream, is read and written in place."""
+        qkv = norm_linear(x, self.input_layernorm, self.self_attn.qkv_proj)
+        out = self.self_attn.decode(qkv, table, cache, batch, arrived)
+        x = linear_residual_(out, self.self_attn.o_proj, x)
+        inner = norm_linear(x, self.post_attention_layernorm, self.mlp.gate_up_proj, swiglu=True)
+        return linear_residual_(inner, self.mlp.down_proj, x)
+
 
 class LlamaModel(nn.Module):
     """Embedding, layers, final norm."""
@@ -121,6 +166,15 @@ class LlamaModel(nn.Module):
             x, residual = x[batch.logits_rows], residual[batch.logits_rows]
         return self.norm.add(x, residual)[0]
 
+    def decode(self, batch: ForwardBatch, caches: KVCaches) -> torch.Tensor:
+        """One token a sequence through the fused layers: the residual stream [B, hidden], before the final norm."""
+        x = self.embed_tokens(batch.input_ids)
+        arrived = torch.zeros(x.shape[0] * caches[0][0].shape[1], dtype=torch.int32, device=x.device)
+        layers = cast("Iterable[LlamaDecoderLayer]", self.layers)
+        for layer, cache in zip(layers, caches, strict=True):
+            x = layer.decode(x, self.rotary.table, cache, batch, arrived)
+        return x
+
 
 class LlamaForCausalLM(nn.Module):
     """Llama 2, 3, 3.x, SmolLM2, TinyLlama: the model with its LM head."""
@@ -140,10 +194,16 @@ class LlamaForCausalLM(nn.Module):
         self.config = config
         self.model = self.model_class(config, max_len, backend, build)
         self.lm_head = LMHead(self.model.embed_tokens, config.tie_word_embeddings, build)
+        nvtx.annotate(self)
 
     def forward(self, batch: ForwardBatch, caches: KVCaches) -> torch.Tensor:
         """Hidden states [R, hidden] of the tokens whose logits are wanted."""
         return self.model(batch, caches)
+
+    def decode(self, batch: ForwardBatch, caches: KVCaches) -> torch.Tensor:
+        """Logits [B, vocab] of a decode step by the fused kernels; the same as `compute_logits(forward(…))`."""
+        x = self.model.decode(batch, caches)
+        return norm_linear(x, self.model.norm, self.lm_head.table)[:, : self.config.vocab_size]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [R, hidden] -> logits [R, vocab] in the model's dtype."""

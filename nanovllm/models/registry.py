@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nanovllm.config import ModelConfig
+from nanovllm.kernels.jit import interpreting
 from nanovllm.layers.attention.backend import AttentionBackend
 from nanovllm.layers.linear import LinearBase
 from nanovllm.layers.parallel import Build
@@ -92,6 +93,8 @@ def expected_tensors(model: LlamaForCausalLM) -> set[str]:
 
 def prepare_for_inference(model: nn.Module) -> None:
     """Put weights into the form that their device multiplies fastest; call once, after loading."""
+    if interpreting():  # kernels read the plain weights
+        return
     for module in model.modules():
         if isinstance(module, LinearBase):
             module.pack_for_cpu()

@@ -1,0 +1,76 @@
+"""Rows of `metrics.csv` as lines to draw: one line an engine and its options, points sorted, names for people."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from harness.records import Record
+
+OURS = "nanovllm"
+_NAMES = {"nanovllm": "nano-vllm-coconut", "vllm": "vLLM", "nano-vllm": "nano-vLLM", "transformers": "transformers"}
+_OPTIONS = {"": "", "fusion=auto": "fused", "fusion=on": "fused (forced)", "fusion=off": "unfused"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One engine's values over a number: batch size or prompt length."""
+
+    label: str
+    engine: str
+    points: tuple[tuple[float, float], ...]
+
+    @property
+    def ours(self) -> bool:
+        """Whether this engine is the one that the plots are about."""
+        return self.engine == OURS
+
+
+def engine_label(record: Record) -> str:
+    """ "vLLM 0.26.0", "nano-vllm-coconut, unfused"."""
+    name = _NAMES.get(record.engine, record.engine)
+    version = f" {record.version}" if record.engine != OURS and record.version else ""
+    options = _OPTIONS.get(record.options, record.options)
+    return f"{name}{version}" + (f", {options}" if options else "")
+
+
+def lines(records: Sequence[Record], field: str) -> list[Line]:
+    """Lines over `field` ("batch" or "prompt"), ours first; the newest row wins where two name the same point."""
+    found: dict[tuple[bool, str, str], dict[float, Record]] = defaultdict(dict)
+    for record in sorted(records, key=lambda r: r.date):
+        at = getattr(record, field)
+        if at.isdigit():
+            found[record.engine != OURS, record.engine, engine_label(record)][float(at)] = record
+    return [
+        Line(label, engine, tuple((x, points[x].value) for x in sorted(points)))
+        for (_, engine, label), points in sorted(found.items())
+    ]
+
+
+def gpus(records: Sequence[Record]) -> list[str]:
+    """Devices that are GPUs, those with the newest rows first."""
+    newest: dict[str, str] = {}
+    for record in records:
+        if "NVIDIA" in record.device or "AMD Instinct" in record.device:
+            newest[record.device] = max(record.date, newest.get(record.device, ""))
+    return sorted(newest, key=lambda device: (newest[device], device), reverse=True)
+
+
+def slug(device: str) -> str:
+    """A device as part of a file name: "NVIDIA H100 80GB HBM3" -> "h100-80gb-hbm3"."""
+    return device.removeprefix("NVIDIA ").lower().replace(" ", "-").replace("/", "-")
+
+
+def caption(records: Sequence[Record]) -> str:
+    """Device, dtype, weights, versions, dates and commits that a set of rows shares."""
+    ours = [r for r in records if r.engine == OURS] or list(records)
+
+    def each(values: set[str]) -> str:
+        return ", ".join(sorted(values - {""}))
+
+    weights = {f"{w} weights" for w in (r.weights for r in ours) if w}
+    versions = [f"torch {each({r.torch for r in ours})}", f"Triton {each({r.triton for r in ours})}"]
+    what = [each({r.device for r in records}), each({r.dtype for r in ours}), each(weights)]
+    when = f"commit {each({r.commit for r in ours})}, {each({r.date for r in ours})}"
+    return "; ".join([", ".join(w for w in what if w), ", ".join(versions), when])

@@ -1,0 +1,306 @@
+"""A decode step between the QKV projection and the output projection, in one kernel.
+
+Per sequence and KV head: optional RMSNorm of the query and key heads (Qwen3), rotary embedding, append of the new key
+and value to the paged cache, attention of the one query token to all keys. Unfused these are `rope` and
+`decode_attention`, three launches with the merge; at batch 1 their latency is as long as that of the linear layers.
+
+Grid: (sequence x KV head, split), keys split as in `decode_attention` (Flash-Decoding). The program of the last split
+owns the new token: it writes the new key and value to the cache and attends to them from its registers, so no program
+reads what another one of this launch writes. Where a sequence has several splits, the last program to arrive at its
+counter merges them, in order of the splits, so results reproduce.
+Cast order: that of `rope` and `decode_attention`: query and key are rounded to the cache's dtype after the rotation.
+Traffic: that of `decode_attention`, and 8 bytes a program.
+
+With PDL a program loads its first tile of old keys and values while the projection before it still runs: they are
+from earlier steps, like everything that it reads before its wait.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nanovllm.kernels import reference
+from nanovllm.kernels.decode_attention import _first_key, _split_length
+from nanovllm.kernels.jit import gpu_of, jit, require_unit_stride, use_triton
+from nanovllm.kernels.kv_cache import check_cache, page_ids
+from nanovllm.kernels.launch_config import DecodeConfig, next_power_of_2, rope_attention_config
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+
+@jit()
+def _rotated(x, other, weight, other_weight, cos, sin, eps, NORM: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Normalise (optional) and rotate heads [HEADS, BLOCK_D], in their own dtype.
+
+    Element d turns with its partner half a head away: `other` holds the partners, and sin has the sign they turn with.
+    """
+    dtype = x.dtype
+    x = x.to(tl.float32)
+    other = other.to(tl.float32)
+    if NORM:
+        rstd = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_DIM + eps)[:, None]
+        x = ((x * rstd).to(dtype) * weight).to(tl.float32)
+        other = ((other * rstd).to(dtype) * other_weight).to(tl.float32)
+    return (x * cos + other * sin).to(dtype)
+
+
+@jit()
+def _load_tile(
+    k_cache, v_cache, page, start, end, oldest, kv_head, k_block_stride, v_block_stride,
+    HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Keys and values [BLOCK_N, BLOCK_D] of positions start.. below end, and which of them are visible."""
+    key = start + tl.arange(0, BLOCK_N)
+    dim = tl.arange(0, BLOCK_D)
+    visible = key < end
+    if HAS_WINDOW:
+        visible = visible & (key >= oldest)
+    inner = kv_head * (PAGE * HEAD_DIM) + (key % PAGE) * HEAD_DIM
+    inside = visible[:, None] & (dim < HEAD_DIM)[None, :]
+    k = tl.load(k_cache + (page * k_block_stride + inner)[:, None] + dim[None, :], mask=inside, other=0.0)
+    v = tl.load(v_cache + (page * v_block_stride + inner)[:, None] + dim[None, :], mask=inside, other=0.0)
+    return k, v, visible
+
+
+@jit()
+def _attend(q, k, v, visible, scale, top, total, acc):
+    """One tile of the online softmax, base 2."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    scores = tl.where(visible[None, :], scores, -1.0e38)
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(weights, axis=1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return new_top, total, acc
+
+
+@jit()
+def _merge(
+    partial, partial_lse, out, first_row, num_splits, max_splits,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Weigh the splits' outputs of GROUP heads by their shares of the softmax's denominator. out: at head 0, dim 0."""
+    split = tl.arange(0, BLOCK_S)
+    dim = tl.arange(0, BLOCK_D)
+    active = split < num_splits
+    inside = active[:, None] & (dim < HEAD_DIM)[None, :]
+    # As many heads as registers hold are asked for before the first reduction, which is a barrier.
+    AHEAD: tl.constexpr = GROUP if GROUP * BLOCK_S <= 128 else 1
+    for first in tl.static_range(0, GROUP, AHEAD):
+        shares, values = (), ()
+        for g in tl.static_range(AHEAD):
+            slot = (first_row + first + g) * max_splits + split
+            lse = tl.load(partial_lse + slot, mask=active, other=float("-inf"))
+            value = tl.load(partial + slot[:, None] * HEAD_DIM + dim[None, :], mask=inside, other=0.0)
+            shares = shares + (lse,)  # type: ignore[assignment]
+            values = values + (value,)  # type: ignore[assignment]
+        for g in tl.static_range(AHEAD):
+            share = tl.exp2(shares[g] - tl.max(shares[g], axis=0))
+            merged = tl.sum(values[g] * share[:, None], axis=0) / tl.sum(share, axis=0)
+            tl.store(out + (first + g) * HEAD_DIM + dim, merged, mask=dim < HEAD_DIM)
+
+
+@jit(
+    do_not_specialize=("table_stride", "window", "max_splits", "min_split"),
+    unaligned=("block_table", "context_lens"),
+)
+def _rope_attention_kernel(
+    qkv, q_weight, k_weight, cos_sin, k_cache, v_cache, block_table, context_lens, out, partial, partial_lse, arrived,
+    scale, eps, qkv_stride, table_stride, k_block_stride, v_block_stride, window, max_splits, min_split,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, NORM: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """qkv: [B, (KV_HEADS * GROUP + 2 KV_HEADS) * HEAD_DIM]; out: [B, KV_HEADS * GROUP, HEAD_DIM], contiguous;
+    partial: [B, Hq, max_splits, HEAD_DIM] and partial_lse float32; arrived: int32 [B * KV_HEADS], zeros, left so."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    sequence = tl.program_id(0) // KV_HEADS
+    kv_head = tl.program_id(0) % KV_HEADS
+    split = tl.program_id(1)
+    context = tl.load(context_lens + sequence)
+    first = _first_key(context, window, HAS_WINDOW, BLOCK_N)
+    length = _split_length(context - first, max_splits, min_split, BLOCK_N)
+    begin = first + split * length
+    if (begin >= context) & (split > 0):
+        return
+    end = tl.minimum(begin + length, context)
+    owns_new = (end == context) & (context > 0)
+    old_end = tl.minimum(end, context - 1)
+    position = tl.maximum(context - 1, 0)
+
+    # Before the wait: what earlier steps left.
+    table = block_table + sequence.to(tl.int64) * table_stride
+    page = page_ids(table, begin, old_end, PAGE, BLOCK_N)
+    k, v, visible = _load_tile(
+        k_cache, v_cache, page, begin, old_end, context - window, kv_head, k_block_stride, v_block_stride,
+        HEAD_DIM, PAGE, BLOCK_D, BLOCK_N, HAS_WINDOW,
+    )  # fmt: skip
+    dim = tl.arange(0, BLOCK_D)
+    HALF: tl.constexpr = HEAD_DIM // 2
+    angle = cos_sin + position.to(tl.int64) * HEAD_DIM + tl.where(dim < HALF, dim, dim - HALF)
+    cos = tl.load(angle, mask=dim < HEAD_DIM, other=0.0)[None, :]
+    sin = (tl.load(angle + HALF, mask=dim < HEAD_DIM, other=0.0) * tl.where(dim < HALF, -1.0, 1.0))[None, :]
+    new_page = tl.load(table + position // PAGE).to(tl.int64)
+    columns = dim[None, :]
+    partner = tl.where(columns < HALF, columns + HALF, columns - HALF)
+    in_head = columns < HEAD_DIM
+    q_scale, q_other_scale, k_scale, k_other_scale = cos, cos, cos, cos  # replaced below, or unused
+    if NORM:
+        q_scale = tl.load(q_weight + columns, mask=in_head, other=0.0)
+        q_other_scale = tl.load(q_weight + partner, mask=in_head, other=0.0)
+        k_scale = tl.load(k_weight + columns, mask=in_head, other=0.0)
+        k_other_scale = tl.load(k_weight + partner, mask=in_head, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+    # This token: rotate the queries, and the key, which its owner stores. All loads first: a reduction is a barrier.
+    row = tl.arange(0, ROWS)[:, None]
+    token = qkv + sequence.to(tl.int64) * qkv_stride
+    query = token + (kv_head * GROUP + row) * HEAD_DIM
+    new_key = token + (KV_HEADS * GROUP + kv_head) * HEAD_DIM
+    q = tl.load(query + columns, mask=(row < GROUP) & in_head, other=0.0)
+    q_other = tl.load(query + partner, mask=(row < GROUP) & in_head, other=0.0)
+    new_k = tl.load(new_key + columns, mask=in_head, other=0.0)
+    k_other = tl.load(new_key + partner, mask=in_head, other=0.0)
+    new_v = tl.load(new_key + KV_HEADS * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
+    q = _rotated(q, q_other, q_scale, q_other_scale, cos, sin, eps, NORM, HEAD_DIM)
+    new_k = _rotated(new_k, k_other, k_scale, k_other_scale, cos, sin, eps, NORM, HEAD_DIM)
+    if owns_new:
+        place = kv_head * (PAGE * HEAD_DIM) + (position % PAGE) * HEAD_DIM
+        tl.store(k_cache + new_page * k_block_stride + place + columns, new_k, mask=in_head)
+        tl.store(v_cache + new_page * v_block_stride + place + dim, new_v, mask=dim < HEAD_DIM)
+
+    score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), axis=1) * scale
+    top = tl.where(owns_new, score, -1.0e38)
+    total = tl.zeros((ROWS,), tl.float32) + tl.where(owns_new, 1.0, 0.0)
+    acc = tl.zeros((ROWS, BLOCK_D), tl.float32) + tl.where(owns_new, new_v.to(tl.float32), 0.0)[None, :]
+    top, total, acc = _attend(q, k, v, visible, scale, top, total, acc)
+    page = page_ids(table, begin + BLOCK_N, old_end, PAGE, BLOCK_N)
+    for start in range(begin + BLOCK_N, old_end, BLOCK_N):
+        k, v, visible = _load_tile(
+            k_cache, v_cache, page, start, old_end, context - window, kv_head, k_block_stride, v_block_stride,
+            HEAD_DIM, PAGE, BLOCK_D, BLOCK_N, HAS_WINDOW,
+        )  # fmt: skip
+        page = page_ids(table, start + BLOCK_N, old_end, PAGE, BLOCK_N)
+        top, total, acc = _attend(q, k, v, visible, scale, top, total, acc)
+
+    acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]  # context 0 (a padding row): zeros
+    first_row = sequence.to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP
+    written = (row < GROUP) & (dim < HEAD_DIM)[None, :]
+    if (SPLIT == 0) | (context - first <= length):
+        tl.store(out + (first_row + row) * HEAD_DIM + dim[None, :], acc, mask=written)
+    else:
+        slot = (first_row + tl.arange(0, ROWS)) * max_splits + split
+        tl.store(partial + slot[:, None] * HEAD_DIM + dim[None, :], acc, mask=written)
+        tl.store(partial_lse + slot, top + tl.log2(total), mask=tl.arange(0, ROWS) < GROUP)
+        tl.debug_barrier()  # all threads of this program have stored before one of them says so
+        num_splits = tl.cdiv(context - first, length)
+        if tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel") == num_splits - 1:
+            tl.store(arrived + tl.program_id(0), 0)
+            _merge(
+                partial, partial_lse, out + first_row * HEAD_DIM, first_row, num_splits, max_splits,
+                GROUP, HEAD_DIM, BLOCK_D, BLOCK_S,
+            )  # fmt: skip
+
+
+def rope_attention(
+    qkv: torch.Tensor,
+    q_norm_weight: torch.Tensor | None,
+    k_norm_weight: torch.Tensor | None,
+    eps: float,
+    cos_sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    window: int | None = None,
+    max_context_len: int | None = None,
+    *,
+    arrived: torch.Tensor | None = None,
+    config: DecodeConfig | None = None,
+    pdl: bool | None = None,
+) -> torch.Tensor:
+    """One token a sequence: normalise and rotate its queries and key, append key and value, attend.
+
+    qkv: [B, (Hq + 2 Hkv) * D], rows may be strided; q_norm_weight, k_norm_weight: [D] in qkv's dtype, or both None;
+    cos_sin: [max_position, D] float32, contiguous, cosines first; caches: [num_blocks, Hkv, block_size, D];
+    block_table: [B, max_blocks] int32; context_lens: [B] int32, the new token included: its position is context - 1;
+    0 marks a padding row, which stores nothing and whose output is zeros.
+    max_context_len: upper bound on context_lens known to the host (under a CUDA graph: for all replays).
+    arrived: int32 [B * Hkv] or longer, zeros, left as zeros: one serves all layers of a step. None makes one.
+    pdl: launch as a programmatic dependent; None = where the GPU can (Hopper and later). The block table, the lengths
+    and the older keys must then be in memory before the kernel in front of this one starts.
+    Returns [B, Hq * D], contiguous.
+    """
+    _check_weights(q_norm_weight, k_norm_weight)
+    if not use_triton(qkv):
+        return reference.rope_attention(
+            qkv, q_norm_weight, k_norm_weight, eps, cos_sin, k_cache, v_cache, block_table, context_lens, scale, window
+        )
+    _check(qkv, cos_sin, k_cache, v_cache, block_table, context_lens)
+    num_seqs = qkv.shape[0]
+    _, kv_heads, page, dim = k_cache.shape
+    q_heads = qkv.shape[1] // dim - 2 * kv_heads
+    out = torch.empty((num_seqs, q_heads * dim), dtype=qkv.dtype, device=qkv.device)
+    if not num_seqs:
+        return out
+    gpu = gpu_of(qkv.device)
+    if config is None:
+        longest = max_context_len or block_table.shape[1] * page
+        longest = longest if window is None else min(longest, window + page)
+        config = rope_attention_config(num_seqs, kv_heads, dim, qkv.element_size(), longest, gpu)
+    pdl = gpu.pdl if pdl is None else pdl
+    rows = (num_seqs, q_heads, config.max_splits) if config.max_splits > 1 else (0,)
+    lse = torch.empty(rows, dtype=torch.float32, device=qkv.device)
+    partial = torch.empty((*rows, dim), dtype=torch.float32, device=qkv.device)
+    arrived = qkv.new_zeros(num_seqs * kv_heads, dtype=torch.int32) if arrived is None else arrived
+    _rope_attention_kernel[(num_seqs * kv_heads, config.max_splits)](
+        qkv, q_norm_weight, k_norm_weight, cos_sin, k_cache, v_cache, block_table, context_lens, out,
+        partial, lse, arrived, scale * math.log2(math.e), eps,
+        qkv.stride(0), block_table.stride(0), k_cache.stride(0), v_cache.stride(0),
+        window or 0, config.max_splits, config.min_split, PDL=pdl,
+        **_constants(q_heads, kv_heads, page, dim, q_norm_weight is not None, window is not None, config),
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return out
+
+
+def _constants(
+    q_heads: int, kv_heads: int, page: int, dim: int, norm: bool, has_window: bool, config: DecodeConfig
+) -> dict[str, Any]:
+    """What the kernel is compiled for."""
+    group = q_heads // kv_heads
+    return {
+        "KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": dim, "PAGE": page, "ROWS": max(16, next_power_of_2(group)),
+        "BLOCK_D": max(16, next_power_of_2(dim)), "BLOCK_N": config.block_n,
+        "BLOCK_S": next_power_of_2(config.max_splits), "NORM": norm, "HAS_WINDOW": has_window,
+        "SPLIT": config.max_splits > 1, "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
+
+
+def _check_weights(q_norm_weight: torch.Tensor | None, k_norm_weight: torch.Tensor | None) -> None:
+    if (q_norm_weight is None) != (k_norm_weight is None):
+        raise ValueError("q_norm_weight and k_norm_weight must be given together or not at all")
+
+
+def _check(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    context_lens: torch.Tensor,
+) -> None:
+    """Raise the ValueError of tensors that the kernel cannot read."""
+    check_cache(k_cache, v_cache)
+    require_unit_stride(qkv=qkv, block_table=block_table, context_lens=context_lens)
+    if cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous():
+        raise ValueError(f"cos_sin must be a contiguous float32 table, got {cos_sin.dtype} {cos_sin.stride()}")

@@ -1,0 +1,117 @@
+"""Which configurations are worth a measurement, and which problem compiles them most cheaply. Pure.
+
+Few enough that a case takes about a second, and chosen by what decides here: bytes of weight in flight. A memory of
+3.35 TB/s and some 700 ns of latency (H100) needs 2.3 MB on the way, 18 KB an SM, and as much again to hide the
+arithmetic; more than that only costs occupancy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+
+from nanovllm.kernels.fusion_config import MAX_GEMV_ROWS, FusionConfig, Problem
+from nanovllm.kernels.launch_config import Gpu, cdiv, next_power_of_2
+
+MAX_PANEL_ROWS = 16
+MAX_TILE_ROWS = 64  # above, a few large tiles are tried, mostly to show that cuBLAS is better
+FLIGHT = 32 * 1024  # bytes of weight per SM that a pipeline should keep on the way
+_LARGE_TILES = ((64, 128, 64, 4, 4), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4))
+
+
+def candidates(problem: Problem, gpu: Gpu, *, pdl: bool = False) -> list[FusionConfig]:
+    """Configurations to try for `problem`, all of which can run; `pdl` asks for dependent launches."""
+    found: list[FusionConfig] = []
+    if problem.m <= MAX_GEMV_ROWS:
+        found += _gemvs(problem)
+    if 2 <= problem.m <= MAX_PANEL_ROWS:
+        found += _panels(problem)
+    if 2 <= problem.m <= MAX_TILE_ROWS:
+        found += _tiles(problem, gpu)
+    elif problem.m > MAX_TILE_ROWS:
+        found += [FusionConfig("tile", *blocks) for blocks in _LARGE_TILES]
+    if pdl:
+        found = [dataclasses.replace(config, launch_pdl=True) for config in found]
+    return [config for config in dict.fromkeys(found) if not config.faults(problem, gpu)]
+
+
+def _gemvs(problem: Problem) -> list[FusionConfig]:
+    """A chunk is one 16-byte load a thread, or half of one where that wastes no lanes on the rest of a row."""
+    lanes = 512 // problem.element_size
+    found = []
+    for warps, block_n in itertools.product((1, 2, 4, 8), (1, 2, 4, 8)):
+        for block_k in (warps * lanes, warps * lanes // 2):
+            half = block_k < warps * lanes
+            if half and (problem.k % (warps * lanes) == 0 or warps == 1) or block_k > next_power_of_2(problem.k):
+                continue
+            held = block_n * cdiv(problem.k, block_k) * block_k * problem.element_size
+            if 32 <= held // (32 * warps) <= 256:  # bytes a thread: two loads in flight to a quarter of its registers
+                found.append(FusionConfig("gemv", 0, block_n, block_k, warps))
+    return found
+
+
+def _panels(problem: Problem) -> list[FusionConfig]:
+    """Shapes whose share of the weight and of x fits into the registers of a thread, and fills some of them."""
+    found = []
+    block_m = max(8, next_power_of_2(problem.m))
+    for block_n, warps, block_k in itertools.product((16, 32), (2, 4, 8, 16), (16, 32, 64, 128)):
+        chunk = warps * block_k
+        if chunk > next_power_of_2(problem.k) or problem.k % chunk and problem.k % (chunk // 2) == 0 and block_k > 16:
+            continue
+        a_row = cdiv(problem.k, chunk) * chunk * problem.element_size // (32 * warps)  # bytes a thread
+        if 64 <= block_n * a_row <= 512 and (block_n + block_m) * a_row <= 512:
+            found.append(FusionConfig("panel", block_m, block_n, block_k, warps))
+    return found
+
+
+def _tiles(problem: Problem, gpu: Gpu) -> list[FusionConfig]:
+    """Every tile whose products divide among its warps, with as many stages as keep enough of the weight in flight."""
+    block_m, size = max(16, next_power_of_2(problem.m)), problem.element_size
+    found = []
+    for block_n, block_k, warps in itertools.product((16, 32, 64, 128), (64, 128, 256, 512), (2, 4, 8)):
+        steps, programs = cdiv(problem.k, block_k), cdiv(problem.weight_rows, block_n)
+        if block_k == 512 and (block_n > 16 or block_m > 16) or steps < 2:
+            continue
+        # A warp's share of the tile: not so much that registers spill, not so little that warps repeat work.
+        if not 128 <= block_n * block_m // warps <= 2048 and block_n * block_k // warps < 2048:
+            continue
+        if block_n > 32 and programs < gpu.num_sms // 3 or warps == 2 and block_n > 64:
+            continue
+        stage = (block_n + block_m) * block_k * size
+        most = max(2, min(7, gpu.shared_memory // stage, steps))
+        for flight in (FLIGHT, 2 * FLIGHT, 4 * FLIGHT):
+            stages = min(most, _stages(flight, block_n * block_k * size, stage, programs, gpu))
+            found.append(FusionConfig("tile", block_m, block_n, block_k, warps, stages))
+    return found
+
+
+def _stages(flight: int, weight_bytes: int, stage_bytes: int, programs: int, gpu: Gpu) -> int:
+    """Fewest stages (2 to 7) with which the programs of one SM keep `flight` bytes of the weight on the way."""
+    for stages in range(2, 7):
+        resident = max(1, min(cdiv(programs, gpu.num_sms), gpu.shared_memory // (stages * stage_bytes)))
+        if resident * (stages - 1) * weight_bytes >= flight:
+            return stages
+    return 7
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One compilation: a configuration and the smallest problem that needs it."""
+
+    problem: Problem
+    config: FusionConfig
+
+
+def kernel_of(problem: Problem, config: FusionConfig) -> Kernel:
+    """What `problem` compiles for `config`; problems with equal answers share the kernel.
+
+    A GEMV is specialised for M and K, a panel for K, a tile only for whether its columns divide K; none for N. A
+    dependent tile also for the length of a row, in which it prefetches.
+    """
+    m, k = problem.m, problem.k
+    if config.variant != "gemv":
+        m = config.block_m
+    if config.variant == "tile" and k % config.block_k == 0 and not config.launch_pdl:
+        k = 1024
+    return Kernel(Problem(m, min(problem.n, 256), k, problem.dtype, problem.swiglu), config)

@@ -1,0 +1,72 @@
+"""The fused decode chain as a whole: same tokens and logits as the unfused path, for every family.
+
+Here the kernels run in Triton's interpreter on the CPU; on a GPU, `tests/test_gpu_engine.py` asks the same of graphs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save_model
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.kernels.chain_config import MAX_CHAIN_ROWS, linear_config
+from nanovllm.kernels.fusion_config import Problem
+from nanovllm.kernels.launch_config import H100, Gpu
+
+OPTIONS = dict(
+    dtype="float32", device="cpu", attention_backend="triton", max_model_len=64, num_kvcache_blocks=32,
+    kvcache_block_size=8, skip_tokenizer_init=True, show_progress=False, max_num_seqs=4,
+)  # fmt: skip
+PROMPTS = [[5, 6, 7], [9] * 11, [3, 1, 4, 1, 5, 9, 2, 6]]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, logprobs=3)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("kind", ["llama_bias", "qwen3_tied", "mistral"])
+def test_same_tokens_and_logprobs(tmp_path: Path, kind: str) -> None:
+    """Three sequences in one batch (so that rows, bias, q/k norms, windows and tied heads all meet) and fp32."""
+    save_model(kind, tmp_path)
+    outputs = {}
+    for fusion in ("off", "on"):
+        with LLM(str(tmp_path), **OPTIONS, fusion=fusion) as llm:
+            assert llm.engine.runner.loaded.fused_rows == (4 if fusion == "on" else 0)
+            outputs[fusion] = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    for fused, plain in zip(outputs["on"], outputs["off"], strict=True):
+        assert fused.error is None and fused["token_ids"] == plain["token_ids"]
+        for ours, theirs in zip(fused.outputs[0].logprobs, plain.outputs[0].logprobs, strict=True):
+            for token, entry in ours.items():
+                if token in theirs:
+                    assert entry.logprob == pytest.approx(theirs[token].logprob, abs=1e-5)
+
+
+def test_on_says_why_it_cannot(tmp_path: Path) -> None:
+    save_model("llama", tmp_path)
+    with pytest.raises(ValueError, match='fusion="on" cannot be had: its kernels need a CUDA device.*"auto" or "off"'):
+        LLM(str(tmp_path), **{**OPTIONS, "attention_backend": "auto"}, fusion="on")
+    with pytest.raises(ValueError, match="fusion must be one of auto, on, off"):
+        LLM(str(tmp_path), **OPTIONS, fusion="yes")
+
+
+@pytest.mark.parametrize("gpu", [H100, Gpu(82, 99 * 1024), Gpu(132, 227 * 1024, pdl=True)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_policy_fits_every_shape(gpu: Gpu, dtype: str) -> None:
+    """Whatever the model, a configuration that can run; dependent launches only where the GPU knows them."""
+    for k in (64, 576, 896, 1000, 1024, 2560, 3072, 4096, 8192, 12288, 14336, 18944):
+        for n in (64, 576, 1024, 4096, 12288, 151936):
+            for swiglu in (False, True):
+                for m in range(1, (4 if dtype == "float32" else MAX_CHAIN_ROWS) + 1):
+                    problem = Problem(m, n, k, dtype, swiglu)
+                    config = linear_config(problem, gpu)
+                    assert config.faults(problem, gpu) == [], problem
+                    assert config.launch_pdl == (gpu.pdl and config.variant != "unfused")
+
+
+def test_tokens_are_fed_by_row() -> None:
+    from nanovllm.kernels.feed import feed_tokens_
+
+    ids = torch.tensor([7, -1, 3, -3])
+    feed_tokens_(ids, torch.tensor([40, 41, 42]))
+    assert ids.tolist() == [7, 40, 3, 42]
