@@ -259,8 +259,7 @@ def rope_attention(
         config = rope_attention_config(num_seqs, kv_heads, dim, qkv.element_size(), longest, gpu)
     pdl = gpu.pdl if pdl is None else pdl
     rows = (num_seqs, q_heads, config.max_splits) if config.max_splits > 1 else (0,)
-    lse = torch.empty(rows, dtype=torch.float32, device=qkv.device)
-    partial = torch.empty((*rows, dim), dtype=torch.float32, device=qkv.device)
+    lse, partial = (qkv.new_empty(shape, dtype=torch.float32) for shape in (rows, (*rows, dim)))
     arrived = qkv.new_zeros(num_seqs * kv_heads, dtype=torch.int32) if arrived is None else arrived
     _rope_attention_kernel[(num_seqs * kv_heads, config.max_splits)](
         qkv, q_norm_weight, k_norm_weight, cos_sin, k_cache, v_cache, block_table, context_lens, out,
