@@ -14,7 +14,7 @@ from tiny_models import save_model
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels.chain_config import MAX_CHAIN_ROWS, linear_config
 from nanovllm.kernels.fusion_config import Problem
-from nanovllm.kernels.launch_config import H100, Gpu
+from nanovllm.kernels.launch_config import H100, MAX_SPLITS, Gpu, next_power_of_2, rope_attention_config
 
 OPTIONS = dict(
     dtype="float32", device="cpu", attention_backend="triton", max_model_len=64, num_kvcache_blocks=32,
@@ -70,3 +70,14 @@ def test_tokens_are_fed_by_row() -> None:
     ids = torch.tensor([7, -1, 3, -3])
     feed_tokens_(ids, torch.tensor([40, 41, 42]))
     assert ids.tolist() == [7, 40, 3, 42]
+
+
+@pytest.mark.parametrize("gpu", [H100, Gpu(82, 99 * 1024)])
+@pytest.mark.parametrize("context", [1, 300, 512, 513, 4096, 40960])
+def test_attention_policy_fits(gpu: Gpu, context: int) -> None:
+    """Tiles fit into shared memory, splits are whole tiles, and all splits together reach the longest context."""
+    for num_seqs in (1, 2, 3, 6, 12, 16):
+        for kv_heads, dim in ((8, 128), (8, 64), (1, 128), (32, 96), (2, 256)):
+            config = rope_attention_config(num_seqs, kv_heads, dim, 2, context, gpu)
+            assert 2 * config.block_n * next_power_of_2(dim) * 2 <= gpu.shared_memory
+            assert config.min_split % config.block_n == 0 and 1 <= config.max_splits <= MAX_SPLITS

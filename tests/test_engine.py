@@ -368,11 +368,17 @@ def test_inputs_travel_in_one_copy_and_buffers_stay(llm: LLM) -> None:
     """One host-to-device copy a step, into buffers that live as long as the engine (nano-vllm#175, #176)."""
     llm.reset_prefix_cache()
     inputs = llm.engine.runner.inputs
-    views = [inputs.decode_view(4).input_ids.data_ptr(), inputs.decode_view(4).attention.block_table.data_ptr()]
+    views = [
+        inputs.decode_view(4, [8] * 4).input_ids.data_ptr(),
+        inputs.decode_view(4, [8] * 4).attention.block_table.data_ptr(),
+    ]
     start = inputs.decode.num_copies, inputs.mixed.num_copies
     llm.generate(PROMPTS[:4], GREEDY, use_tqdm=False)
     assert (inputs.decode.num_copies - start[0], inputs.mixed.num_copies - start[1]) == (11, 2)
-    assert views == [inputs.decode_view(4).input_ids.data_ptr(), inputs.decode_view(4).attention.block_table.data_ptr()]
+    assert views == [
+        inputs.decode_view(4, [8] * 4).input_ids.data_ptr(),
+        inputs.decode_view(4, [8] * 4).attention.block_table.data_ptr(),
+    ]
 
 
 def test_async_scheduling_changes_no_token(model: str) -> None:

@@ -72,7 +72,7 @@ def _engine_names() -> list[str]:
 def _add(group: argparse._ArgumentGroup, name: str, kind: type, default: Any, help_text: str) -> None:
     shown = "" if default is None or isinstance(default, bool) or default == "auto" else f" (default: {default})"
     if kind is bool:
-        action = argparse.BooleanOptionalAction if default else "store_true"
+        action = "store_true" if default is False else argparse.BooleanOptionalAction
         group.add_argument(_flag(name), action=action, default=default, help=help_text)
     else:
         metavar = {int: "N", float: "X", str: "NAME"}[kind]

@@ -66,9 +66,8 @@ class InputBuilder:
         self.decode.copy(self._table.end_of_rows(n))
         return self.decode_view(padded, [item.context_len for item in items])
 
-    def decode_view(self, size: int, context_lens: list[int] | None = None) -> ForwardBatch:
-        """The fixed buffers as a decode batch of `size` rows; without lengths, one that a graph can capture."""
-        lengths = context_lens if context_lens is not None else [self.max_model_len] * size
+    def decode_view(self, size: int, lengths: list[int]) -> ForwardBatch:
+        """The fixed buffers as a decode batch of `size` rows; `lengths`: context lengths, or bounds on them."""
         metadata = AttentionMetadata(
             num_decodes=size,
             query_start=self._query_start[: size + 1],

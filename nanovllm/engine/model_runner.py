@@ -82,7 +82,8 @@ class ModelRunner:
         self._num_launched = 0
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and not config.enforce_eager and self.loaded.backend.graph_safe:
-            self.graphs = DecodeGraphs(self._decode_and_sample, graph_sizes(config.max_num_seqs))
+            sizes = graph_sizes(config.max_num_seqs)
+            self.graphs = DecodeGraphs(self._decode_and_sample, sizes, self.max_model_len, self.loaded.fused_rows)
             with torch.inference_mode():
                 self.graphs.capture(config.show_progress)
 
@@ -187,7 +188,7 @@ class ModelRunner:
             logits = self._forward_decode(size, inputs)
             return self.sampler(logits, rows, inputs.positions)
         in_graph = self.sampling.fill(rows)
-        logits = self.graphs.replay(size)[:n]
+        logits = self.graphs.replay(size, inputs.attention.max_context_len)[:n]
         if not in_graph:
             return self.sampler(logits, rows, inputs.positions[:n])
         return self.sampler.score(logits, rows, self.inputs.sampled(n))
@@ -209,9 +210,9 @@ class ModelRunner:
         positions = inputs.positions[inputs.logits_rows]
         return self.sampler(self.model.compute_logits(hidden), [seq.sampling for seq in seqs], positions)
 
-    def _decode_and_sample(self, size: int) -> torch.Tensor:
+    def _decode_and_sample(self, size: int, max_context: int) -> torch.Tensor:
         """What a graph records: from the token ids of the step before to those of this one. Returns the logits."""
-        logits = self._forward_decode(size, self.inputs.decode_view(size))
+        logits = self._forward_decode(size, self.inputs.decode_view(size, [max_context] * size))
         self.inputs.sampled(size).copy_(sample_rows(logits, self.sampling.view(size)))
         return logits
 

@@ -53,11 +53,8 @@ def rms_norm_linear(
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Half-split rotation in float32, rounded once. x: [T, H, D]; cos, sin: [T, 1, D / 2] float32."""
-    halves = x.float().unflatten(-1, (2, -1))
-    rotated = halves * cos.unsqueeze(2)
-    rotated[:, :, 0].addcmul_(halves[:, :, 1], sin, value=-1)
-    rotated[:, :, 1].addcmul_(halves[:, :, 0], sin)
-    return rotated.flatten(2).to(x.dtype)
+    low, high = x.float().chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
 
 
 def store_kv(
