@@ -18,6 +18,7 @@ from test_model_parity import teacher_forced
 from tiny_models import CASES, reference_logits, save_model
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.cuda_graph import SHORT_CONTEXT
 
 pytestmark = pytest.mark.gpu
 ENGINE: dict[str, Any] = dict(
@@ -114,6 +115,20 @@ def test_fused_equals_unfused_in_fp32(case: str, tmp_path: Path) -> None:
         assert fused.token_ids == plain.token_ids
         for ours, theirs in zip(fused.logprobs, plain.logprobs, strict=True):
             assert all(ours[t].logprob == pytest.approx(theirs[t].logprob, abs=1e-5) for t in ours.keys() & theirs)
+
+
+def test_contexts_that_outgrow_the_short_graphs(tmp_path: Path) -> None:
+    """A sequence that crosses the short graphs' limit goes on in the other graph with the same tokens as unfused."""
+    save_model("qwen3", tmp_path)
+    prompts = sequences([SHORT_CONTEXT - 9, 30], 211)
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    results = []
+    for fusion in ("off", "on"):
+        with LLM(str(tmp_path), dtype="float32", max_model_len=1024, fusion=fusion, **ENGINE) as llm:
+            results.append([output["token_ids"] for output in llm.generate(prompts, params, use_tqdm=False)])
+            if fusion == "on":
+                assert {limit for _, limit in llm.engine.runner.graphs._graphs} == {SHORT_CONTEXT, 1024}
+    assert results[0] == results[1]
 
 
 def test_fused_half_precision_error_budget_up_to_16_rows(tmp_path: Path) -> None:
