@@ -138,26 +138,19 @@ def rope_attention_config(
     16.9 / 19.3 / 21.8 / 25.0 with 32 splits, 17.0 / 20.3 / 21.2 / 26.1 with 16 and 8 warps, 20.1 / 20.5 / 21.8 / 26.3
     with 64-key tiles; four 25.9 / 28.6 / 31.7 / 48.7; sixteen 33.9 / 40.9 / 53.1 / 104.1 with three stages of 64 keys,
     32.1 / 39.3 / 49.8 / 113.5 with two of 128. Unfused: 44 / 45 / 46 / 50 for one, 44 / 49 / 60 / 108 for sixteen.
-    Contexts of at most 512 by the host's word: 256 keys and 8 warps, so that 256 need no merge (one sequence of 256:
-    16.6); for eight sequences 128 keys and 8 warps, 25.2 / 31.1 at 128 / 384 against 28.8 / 33.9.
+    Where the host says that no context exceeds 512, six sequences and more take 8 warps and merge less: eight
+    25.2 / 31.1 at 128 / 384 against 28.8 / 33.9. (For one, tiles of 256 keys were no better: 16.9 / 19.5.)
     """
     if element_size == 4 or head_dim > 128:
         return decode_config(num_seqs, num_kv_heads, head_dim, element_size, max_context_len, gpu)
     programs, num_warps = num_seqs * num_kv_heads, 4
-    if max_context_len <= 512:
-        num_warps = 8
-        if programs <= 48:
-            block_n, most, min_split, num_stages = 256, 2, 256, 1
-        elif programs <= 96:
-            block_n, most, min_split, num_stages = 128, 2, 256, 1
-        else:
-            block_n, most, min_split, num_stages = 128, 1, 512, 2
-    elif programs <= 48:
+    if programs <= 48:
         block_n, most, min_split, num_stages = 128, max(8, min(32, 256 // programs)), 128, 1
-    elif programs <= 96:
-        block_n, most, min_split, num_stages = 128, 8, 256, 2
+    elif max_context_len <= 512:
+        num_warps, block_n, most = 8, 128, 2
+        min_split, num_stages = (256, 1) if programs <= 96 else (512, 2)
     else:
-        block_n, most, min_split, num_stages = 64, 8, 512, 3
+        block_n, most, min_split, num_stages = (128, 8, 256, 2) if programs <= 96 else (64, 8, 512, 3)
     row_bytes = next_power_of_2(head_dim) * element_size
     while 2 * block_n * row_bytes > gpu.shared_memory - 8192:  # keys and values pass through it, and some scores
         block_n //= 2
