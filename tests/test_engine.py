@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from engine_lives import random_life
 from tiny_models import save_model
 
 from nanovllm import LLM, AsyncLLM, SamplingParams
+from nanovllm.engine.model_runner import LaunchedStep, StepOutput
+from nanovllm.engine.request import Completion
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = [[3 + (7 * i + j) % 200 for j in range(5 + 9 * i)] for i in range(5)]
@@ -391,3 +395,141 @@ def test_async_scheduling_changes_no_token(model: str) -> None:
     assert len(results[0]) > 25
     both = set(results[0]) & set(results[1])
     assert len(both) > 25 and all(results[0][i] == results[1][i] for i in both)
+
+
+# -- failures with a step in flight ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def crowded(model: str) -> Iterator[LLM]:
+    """Overlapping steps in a cache that four long answers do not fit into, so that sequences are preempted."""
+    with LLM(model, **{**SMALL, "num_kvcache_blocks": 14}, async_scheduling=True) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def long_answers(model: str) -> list[list[int]]:
+    with LLM(model, **SMALL, async_scheduling=False) as llm:
+        return [llm.generate(p, GREEDY.clone(max_tokens=40), use_tqdm=False)[0]["token_ids"] for p in PROMPTS]
+
+
+def run_with_one_fault(llm: LLM, method: str, turn: int, error: BaseException, before: bool) -> list[Any]:
+    """Four requests; the runner's `method` raises at its call number `turn`, having done its work or not."""
+    engine, calls, original = llm.engine, iter(range(1000)), getattr(llm.engine.runner, method)
+
+    def faulty(argument: Any) -> Any:
+        fault = next(calls) == turn
+        result = None if fault and before else original(argument)
+        if fault:
+            raise error
+        return result
+
+    requests = [
+        engine.make_request(p, GREEDY.clone(max_tokens=n)) for p, n in zip(PROMPTS, (40, 30, 35, 33), strict=False)
+    ]
+    engine.submit(requests)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.runner, method, faulty)
+        for _ in range(1000):
+            if all(request.finished for request in requests):
+                return requests
+            with contextlib.suppress(KeyboardInterrupt):
+                engine.step()
+    raise AssertionError("requests that never end")
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("error", [RuntimeError("device on fire"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_failing_launch_spoils_no_other_step(
+    crowded: LLM, long_answers: list[list[int]], error: BaseException, before: bool
+) -> None:
+    """The step in flight keeps its tokens, a sequence preempted by the failed step repeats none."""
+    for turn in range(0, 45, 4):
+        requests = run_with_one_fault(crowded, "launch", turn, error, before)
+        for request, answer in zip(requests, long_answers, strict=False):
+            tokens = request.output()["token_ids"]
+            assert tokens == answer[: len(tokens)], turn
+            assert (request.error is not None) != (len(tokens) == request.params.max_tokens)
+        assert used_blocks(crowded) == 0
+
+
+def test_interrupted_wait_loses_no_token(crowded: LLM, long_answers: list[list[int]]) -> None:
+    for turn in range(0, 45, 4):
+        requests = run_with_one_fault(crowded, "collect", turn, KeyboardInterrupt(), True)
+        for request, answer in zip(requests, long_answers, strict=False):
+            assert request.output()["token_ids"] == answer[: request.params.max_tokens], turn
+
+
+def test_last_token_in_flight_survives_a_failing_launch(
+    crowded: LLM, long_answers: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits in one of two host buffers, which the step after the failed one must not be given."""
+    engine = crowded.engine
+    short, failing, later = (
+        engine.make_request(prompt, GREEDY.clone(max_tokens=n, logprobs=1))
+        for prompt, n in zip(PROMPTS, (3, 20, 20), strict=False)
+    )
+    engine.submit([short, failing])
+    for _ in range(3):
+        engine.step()
+    launch = engine.runner.launch
+
+    def broken(batch: Any) -> Any:
+        launch(batch)
+        raise RuntimeError("device on fire")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "launch", broken)
+        engine.step()  # only `failing` is in it; the third token of `short` is in flight
+    engine.submit([later])
+    while engine.has_unfinished:
+        engine.step()
+    assert failing.error is not None and short.error is None
+    assert short.output()["token_ids"] == long_answers[0][:3]
+    assert later.output()["token_ids"] == long_answers[2][:20]
+
+
+def test_a_step_that_samples_nothing_is_waited_for(crowded: LLM) -> None:
+    """Its inputs' pinned buffer is written again two steps later: chunks of a long prompt must not run ahead."""
+    waits: list[bool] = []
+    event = SimpleNamespace(synchronize=lambda: waits.append(True))
+    step = LaunchedStep([], None, torch.empty(0, dtype=torch.int64), cast(Any, event), StepOutput([]))
+    assert crowded.engine.runner.collect(step).token_ids == [] and waits == [True]
+
+
+def test_request_ids_are_unique_within_a_call_too(crowded: LLM) -> None:
+    """A refused call queues nothing: what is counted of it would keep the engine from overlapping steps for ever."""
+    engine = crowded.engine
+    request = engine.make_request(PROMPTS[0], GREEDY.clone(repetition_penalty=1.2))
+    with pytest.raises(ValueError, match="is in use"):
+        engine.submit([request, request])
+    assert not engine.has_unfinished and engine._num_following == 0
+
+
+def test_close_with_a_step_in_flight(model: str) -> None:
+    with LLM(model, **SMALL, async_scheduling=True) as llm:
+        request = llm.engine.make_request(PROMPTS[0], GREEDY)
+        llm.engine.submit([request])
+        llm.engine.step()
+    assert request.output().outputs[0].finish_reason == "abort" and not llm.engine._in_flight
+
+
+def test_text_that_cannot_be_made_ends_its_own_request_only(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer may raise for an id that it lacks; the request beside it ends as ever, in the very same step."""
+    requests = [llm.engine.make_request(prompt, GREEDY) for prompt in PROMPTS[:2]]
+    original = Completion.flush
+
+    def flush(self: Completion, *args: Any) -> None:
+        if self is requests[0].completions[0]:
+            raise TypeError("expected str instance, NoneType found")
+        original(self, *args)
+
+    monkeypatch.setattr(Completion, "flush", flush)
+    llm.engine.submit(requests)
+    for _ in range(200):
+        if not llm.engine.has_unfinished:
+            break
+        llm.engine.step()
+    assert all(request.finished for request in requests) and used_blocks(llm) == 0
+    assert requests[0].error == "its text cannot be made: TypeError: expected str instance, NoneType found"
+    assert requests[1].error is None

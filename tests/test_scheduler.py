@@ -103,6 +103,21 @@ def test_a_token_after_the_end_is_dropped() -> None:
     assert seq.output_token_ids == [1] and seq.num_in_flight == 0
 
 
+@pytest.mark.parametrize("overlapped", range(6))
+def test_no_block_is_forgotten_when_overlap_ends(overlapped: int) -> None:
+    """Then two tokens become known at once, and the first of them may have filled a block."""
+    scheduler, model = make_scheduler(), FakeModel(4)
+    scheduler.add(make_seq(0, 4, max_tokens=20))
+    in_flight = scheduler.schedule()
+    for _ in range(overlapped):
+        following = scheduler.schedule()
+        scheduler.update(in_flight, model.run(in_flight))
+        in_flight = following
+    scheduler.update(in_flight, model.run(in_flight))
+    run_all(scheduler, model)
+    assert len(scheduler.block_manager._block_of) == 23 // 4
+
+
 def test_rollback_of_two_steps_in_flight() -> None:
     scheduler = make_scheduler()
     seq = make_seq(0, 5)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-
 SHORT_CONTEXT = 512
 Key = tuple[int, int]  # (rows, longest context)
 

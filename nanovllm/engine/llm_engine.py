@@ -29,6 +29,7 @@ from nanovllm.engine.model_runner import LaunchedStep, ModelRunner, StepOutput
 from nanovllm.engine.request import Completion, Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence as EngineSequence
+from nanovllm.engine.staging import IN_FLIGHT
 from nanovllm.layers.sampling_batch import SamplingRow
 from nanovllm.loader.detokenizer import IncrementalDetokenizer, StopChecker
 from nanovllm.loader.tokenizer import Tokenizer
@@ -114,11 +115,13 @@ class LLMEngine:
         """Queue requests; they run from the next step on."""
         with self._lock:
             self._check_open()
+            used = set(self._requests)
             for request in requests:
-                if request.request_id in self._requests:
+                if request.request_id in used:
                     raise ValueError(
                         f"request id {request.request_id!r} is in use: ids of running requests must be unique"
                     )
+                used.add(request.request_id)
             for request in requests:
                 self._requests[request.request_id] = request
                 for completion in request.completions:
@@ -153,8 +156,7 @@ class LLMEngine:
                 return None
             self._stepping = True
             try:
-                if self._num_following:
-                    self._settle(keep=0)
+                self._settle(keep=0 if self._num_following else IN_FLIGHT - 1)  # more after an interrupted wait
                 with nvtx.range("nanovllm.launch"):
                     info = self._launch()
                 with nvtx.range("nanovllm.settle"):
@@ -164,7 +166,11 @@ class LLMEngine:
                 self._stepping = False
 
     def _launch(self) -> StepInfo:
-        """Schedule a step and queue it on the device. A step of no tokens when all that is left is in flight."""
+        """Schedule a step and queue it on the device.
+
+        A step of no tokens when all that is left is in flight, or when it failed: the one before it must be settled
+        then, for what the failed one left in the runner's buffers belongs to nobody.
+        """
         batch = self.scheduler.schedule()
         if batch.is_empty:
             return StepInfo(0, 0)
@@ -173,8 +179,10 @@ class LLMEngine:
         except Exception as error:  # whatever went wrong on the device belongs to this batch, not to the engine
             logger.exception("a step failed; its %d sequences end with an error", len(batch.scheduled))
             self._fail([batch], f"the step failed: {error}")
+            return StepInfo(0, 0)
         except BaseException:  # an interrupt: the step did not happen
             self.scheduler.rollback(batch)
+            self._settle(keep=0)
             raise
         return StepInfo(batch.num_tokens, batch.num_tokens - batch.num_decodes)
 
@@ -211,17 +219,24 @@ class LLMEngine:
         for seq, error in output.errors:
             self._end(seq, "error", error)
         for seq in self.scheduler.update(batch, output.token_ids):
-            request, completion = self._owner[seq.seq_id]
-            token_id = seq.token_ids[-1]
-            if completion.logprobs is not None:
-                entry = output.logprobs[seq.seq_id]
-                completion.logprobs += self._with_text([entry])
-                completion.cumulative_logprob += entry[token_id].logprob
-            stop = request.on_token(completion, token_id)
-            if stop is not None:
-                self.scheduler.finish(seq, "stop", stop)
-            if seq.is_finished:
+            try:
+                self._take_token(seq, output.logprobs.get(seq.seq_id))
+            except Exception as error:  # a tokenizer that cannot decode an id ends its own request only
+                logger.exception("request %s: its text cannot be made", seq.request_id)
+                self._end(seq, "error", f"its text cannot be made: {type(error).__name__}: {error}")
+            if seq.is_finished and seq.seq_id in self._owner:
                 self._forget(seq)
+
+    def _take_token(self, seq: EngineSequence, entry: dict[int, Logprob] | None) -> None:
+        """The newest token of `seq`: its log-probabilities, its text, and whether that text ends it."""
+        request, completion = self._owner[seq.seq_id]
+        token_id = seq.token_ids[-1]
+        if completion.logprobs is not None and entry is not None:
+            completion.logprobs += self._with_text([entry])
+            completion.cumulative_logprob += entry[token_id].logprob
+        stop = request.on_token(completion, token_id)
+        if stop is not None:
+            self.scheduler.finish(seq, "stop", stop)
 
     def _fail(self, batches: list[ScheduledBatch], error: str) -> None:
         """Undo steps, the latest first, and end their sequences."""
@@ -347,6 +362,7 @@ class LLMEngine:
             for request_id in list(self._requests):
                 self.abort(request_id)
             self._closed = True
+            self._in_flight.clear()
             self.runner.close()
 
     def _check_open(self) -> None:

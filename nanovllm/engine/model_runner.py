@@ -24,11 +24,13 @@ from nanovllm.engine.kv_cache import allocate_kv_caches, kv_block_bytes, measure
 from nanovllm.engine.loading import LoadedModel, load_model
 from nanovllm.engine.sampling_inputs import SamplingInputs
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.staging import IN_FLIGHT
 from nanovllm.kernels.sample_cut import sample_rows
 from nanovllm.layers.attention.backend import AttentionMetadata
 from nanovllm.layers.forward_batch import ForwardBatch, KVCaches
 from nanovllm.layers.logits import score_prompt
 from nanovllm.layers.sampler import Sampler, SamplerOutput
+from nanovllm.layers.sampling_batch import SamplingRow
 from nanovllm.outputs import Logprob
 
 logger = logging.getLogger(__name__)
@@ -96,7 +98,7 @@ class ModelRunner:
         memory = None
         if self.device.type == "cuda":
             self._profile()
-            # Logits in fp32 and the copies that filtering by top-p makes of them.
+            # Logits in fp32, and the copies that penalties and processors work on.
             sampling = config.max_num_seqs * self.model_config.vocab_size * 4 * 4
             memory = measure_cuda_memory(self.device, reserve=sampling)
         blocks = num_kv_blocks(config, block_bytes, self.max_model_len, memory)
@@ -146,29 +148,29 @@ class ModelRunner:
         """Queue one step. Raises whatever the device raises; errors of single requests are in the output."""
         output = StepOutput(token_ids=[])
         seqs = [item.seq for item in batch.scheduled if item.samples]
-        tokens, done = self._host_tokens[self._num_launched % 2][: len(seqs)], None
+        tokens = self._host_tokens[self._num_launched % IN_FLIGHT][: len(seqs)]
         self._num_launched += 1
         if batch.num_decodes == len(batch.scheduled):
             result: SamplerOutput | None = self._launch_decodes(batch, seqs)
         else:
             result = self._launch_mixed(batch, seqs, output)
         if result is not None:
-            if result.token_ids.data_ptr() != self.inputs.sampled(1).data_ptr():
-                self.inputs.sampled(len(seqs)).copy_(result.token_ids)
             tokens.copy_(result.token_ids, non_blocking=True)
             self.inputs.remember_sampled([seq.seq_id for seq in seqs])
-            if self.device.type == "cuda":
-                done = torch.cuda.Event()
-                done.record()
+        done = torch.cuda.Event() if self.device.type == "cuda" else None
+        if done is not None:
+            done.record()
         return LaunchedStep(seqs, result, tokens, done, output)
 
     def collect(self, step: LaunchedStep) -> StepOutput:
         """Wait for a launched step; at most one more may have been launched since."""
         output, result, seqs = step.output, step.result, step.seqs
+        if step.done is not None:
+            # The one place where the engine waits for the device. Also for a step that samples nothing: the pinned
+            # buffers that its inputs come from are written again by the step after the next.
+            step.done.synchronize()
         if result is None:
             return output
-        if step.done is not None:
-            step.done.synchronize()  # the one place where the engine waits for the device
         output.token_ids = step.token_ids.tolist()
         output.errors = [(seqs[row], error) for row, error in result.errors.items()]
         if result.logprobs is not None:
@@ -185,12 +187,11 @@ class ModelRunner:
         inputs = self.inputs.build_decode(batch, size)
         rows = [seq.sampling for seq in seqs]
         if self.graphs is None:
-            logits = self._forward_decode(size, inputs)
-            return self.sampler(logits, rows, inputs.positions)
+            return self._sample(self._forward_decode(size, inputs), rows, inputs.positions)
         in_graph = self.sampling.fill(rows)
         logits = self.graphs.replay(size, inputs.attention.max_context_len)[:n]
         if not in_graph:
-            return self.sampler(logits, rows, inputs.positions[:n])
+            return self._sample(logits, rows, inputs.positions[:n])
         return self.sampler.score(logits, rows, self.inputs.sampled(n))
 
     def _launch_mixed(self, batch: ScheduledBatch, seqs: list[Sequence], output: StepOutput) -> SamplerOutput | None:
@@ -208,7 +209,13 @@ class ModelRunner:
         if not seqs:
             return None
         positions = inputs.positions[inputs.logits_rows]
-        return self.sampler(self.model.compute_logits(hidden), [seq.sampling for seq in seqs], positions)
+        return self._sample(self.model.compute_logits(hidden), [seq.sampling for seq in seqs], positions)
+
+    def _sample(self, logits: torch.Tensor, rows: list[SamplingRow], positions: torch.Tensor) -> SamplerOutput:
+        """Sample outside a graph, and leave the tokens where the next step looks for them."""
+        result = self.sampler(logits, rows, positions)
+        self.inputs.sampled(len(rows)).copy_(result.token_ids)
+        return result
 
     def _decode_and_sample(self, size: int, max_context: int) -> torch.Tensor:
         """What a graph records: from the token ids of the step before to those of this one. Returns the logits."""
@@ -224,10 +231,10 @@ class ModelRunner:
         return self.model.compute_logits(self.model(inputs, self.caches))
 
     def _pinned_tokens(self) -> list[torch.Tensor]:
-        """Two buffers for tokens on their way to the host: of the step that is collected and of the one behind it."""
+        """Where tokens go on their way to the host: of the step that is collected, and of the one behind it."""
         pinned = self.device.type == "cuda"
         rows = self.config.max_num_seqs
-        return [torch.zeros(rows, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
+        return [torch.zeros(rows, dtype=torch.int64, pin_memory=pinned) for _ in range(IN_FLIGHT)]
 
     def _score_prompts(self, batch: ScheduledBatch, hidden: torch.Tensor, output: StepOutput) -> None:
         """Log-probabilities of prompt tokens; hidden [T, hidden] holds all tokens of the step.
@@ -265,6 +272,7 @@ class ModelRunner:
         """Drop everything on the device; the runner cannot be used afterwards."""
         self.graphs = None
         self.caches = []
+        self._host_tokens = []
         del self.model, self.loaded, self.inputs, self.sampler, self.sampling
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -103,7 +103,10 @@ class Request:
 
     def on_finished(self, completion: Completion) -> None:
         """A completion's sequence has ended, for whatever reason."""
-        completion.flush(self.tokenizer, self.params)
+        try:
+            completion.flush(self.tokenizer, self.params)
+        except Exception as error:  # the tokens are there; whoever waits must not wait for ever
+            self.error = self.error or f"its text cannot be made: {type(error).__name__}: {error}"
         if self.num_unfinished == 1:
             self.finished_time = time.monotonic()
         self.num_unfinished -= 1

@@ -36,6 +36,7 @@ class SamplingInputs:
             return True
         if any(row.params.changes_logits for row in rows):
             return False
+        self._rows = None  # until all of it is sent
         n = len(rows)
         params = [row.params for row in rows]
         self._temperature.host[:n] = [p.temperature for p in params]

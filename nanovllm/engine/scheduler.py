@@ -149,9 +149,10 @@ class Scheduler:
             seq.num_computed_tokens = start + 1
             seq.num_in_flight = in_flight + 1
             scheduled.append(ScheduledSequence(seq, start, 1, True, True, start, seq.block_table))
-            known = start + 1 - in_flight  # a block can be found once all of its tokens are known
-            if known % block_size == 0:
-                step.registered += self.block_manager.register(seq, known - 1, known)
+            # A block can be found once all of its tokens are known. Two become known at once when overlap ends.
+            known = start + 1 - in_flight
+            if known % block_size == 0 or start % block_size == 0:
+                step.registered += self.block_manager.register(seq, start - 1, known)
         step.num_samples = len(scheduled)
         step.budget -= len(scheduled)  # at most max_num_seqs, hence within the budget
 

@@ -4,8 +4,8 @@ A small host-to-device copy costs about 4 µs and an allocation more, so a step 
 would spend longer on that than on a layer. All buffers live as long as the engine (nano-vllm#176).
 
 The host may prepare a step while the copy of the one before it still waits for the device, so what a copy reads must
-not be what the host writes: arrays are filled in plain memory and pass through two pinned buffers in turn. That is
-enough where at most two steps are in flight.
+not be what the host writes: arrays are filled in plain memory and pass through `IN_FLIGHT` pinned buffers in turn. That
+is enough, for the engine launches a step only when all but one of those before it have been waited for.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+IN_FLIGHT = 2  # steps whose work may be queued on the device at a time
 _ALIGN = 16  # bytes; lets kernels load any packed array with full vector width
 
 
@@ -25,7 +26,7 @@ class Staging:
         # Zeroed: graphs are recorded over these buffers before any step has filled them, and lengths of 0 are harmless.
         self._host = torch.zeros(capacity, dtype=torch.uint8)
         self._device = torch.zeros(capacity, dtype=torch.uint8, device=device) if on_gpu else self._host
-        self._pinned = [torch.zeros(capacity, dtype=torch.uint8, pin_memory=True) for _ in range(2 * on_gpu)]
+        self._pinned = [torch.zeros(capacity, dtype=torch.uint8, pin_memory=True) for _ in range(IN_FLIGHT * on_gpu)]
         self.num_copies = 0
 
     def reserve(self, shapes: list[tuple[tuple[int, ...], np.dtype]]) -> list[Section]:
@@ -43,7 +44,7 @@ class Staging:
         """Send the first `num_bytes` to the device, asynchronously; on the CPU there is nothing to send."""
         self.num_copies += 1
         if self._pinned:
-            pinned = self._pinned[self.num_copies % 2][:num_bytes]
+            pinned = self._pinned[self.num_copies % IN_FLIGHT][:num_bytes]
             pinned.copy_(self._host[:num_bytes])
             self._device[:num_bytes].copy_(pinned, non_blocking=True)
 

@@ -37,7 +37,8 @@ def linear_config(problem: Problem, gpu: Gpu) -> FusionConfig:
         return UNFUSED
     else:
         config = _panel(problem)
-        if problem.m > 8 and problem.weight_rows >= 2048 or config.num_warps > 8 or config.faults(problem, gpu):
+        many_programs = problem.m > 8 and problem.weight_rows >= 2048  # each of which would read all of x
+        if many_programs or config.num_warps > 8 or config.faults(problem, gpu):
             config = _gemv(problem, gpu) if problem.m <= 4 else _tile(problem, gpu)
     return replace(config, launch_pdl=gpu.pdl)
 

@@ -21,6 +21,7 @@ Grid: a program owns a block of weight rows and the whole K, hence one pass over
 programs: results reproduce.
 
     gemv      1 to 4 rows   (N / block_n,)                 the weight tile in registers, CUDA cores
+    panel     to 16         (N / block_n,)                 the same, multiplied on tensor cores; K split over the warps
     tile      to about 64   (N / block_n, M / block_m)     the weight as the left operand of tensor-core products
     unfused   more          norm kernel, then cuBLAS: the GEMM is bound by arithmetic, and cuBLAS is better at that
 

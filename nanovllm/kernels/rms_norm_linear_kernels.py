@@ -1,4 +1,4 @@
-"""The jitted half of `rms_norm_linear_fusion`: two kernels, one for a handful of rows and one for a few dozen.
+"""The jitted half of `rms_norm_linear_fusion`: three kernels, for one row, a handful and a few dozen.
 
 Read that module first: it states the formula, the cast order, the grid and the traffic. Here a program owns BLOCK_N
 rows of the weight, for all (`gemv_kernel`) or BLOCK_M (`tile_kernel`) rows of x, and the whole length K: so the sum

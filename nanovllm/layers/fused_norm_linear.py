@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from nanovllm.kernels import reference
 from nanovllm.kernels.activation import silu_mul
 from nanovllm.kernels.chain_config import linear_config
-from nanovllm.kernels.fusion_config import Problem
+from nanovllm.kernels.fusion_config import UNFUSED, Problem
 from nanovllm.kernels.jit import gpu_of, interpreting, triton_installed, use_triton
 from nanovllm.kernels.linear_residual import linear_residual
 from nanovllm.kernels.rms_norm_linear_fusion import dtype_name, launch
@@ -42,7 +42,7 @@ def norm_linear(
 
 def linear_residual_(x: torch.Tensor, linear: RowParallelLinear, residual: torch.Tensor) -> torch.Tensor:
     """residual [B, N] += linear(x [B, K]), in place; returns it."""
-    config = linear_config(_problem(x, linear.weight, False), gpu_of(x.device))
+    config = linear_config(_problem(x, linear.weight, False), gpu_of(x.device)) if use_triton(x) else UNFUSED
     return linear_residual(x, linear.weight, residual, bias=linear.bias, config=config)
 
 
