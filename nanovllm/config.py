@@ -103,7 +103,9 @@ class EngineConfig:
     device: str = _option("auto", "auto (cuda when there is one, else cpu), cpu, cuda or cuda:N")
     load_format: str = _option("auto", "auto, or dummy: seeded random weights from config.json alone")
     max_model_len: int | None = _option(None, "tokens of prompt and completion together; default: the model's context")
-    max_num_batched_tokens: int = _option(8192, "token budget of one step, prefill chunks and decodes together")
+    max_num_batched_tokens: int | None = _option(
+        None, "token budget of one step, prefill chunks and decodes together; default: 8192 on a GPU, 2048 on the CPU"
+    )
     max_num_seqs: int = _option(256, "sequences that may run in one step")
     gpu_memory_utilization: float = _option(0.9, "share of the GPU that this process may use, weights included")
     kv_cache_memory_bytes: int | None = _option(None, "absolute size of the KV cache; wins over the share of the GPU")
@@ -139,9 +141,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
             raise ValueError("model must be a directory, a .gguf file, an alias or a hub id, given as a string")
-        for name in ("max_num_batched_tokens", "max_num_seqs", "kvcache_block_size", "tensor_parallel_size"):
+        for name in ("max_num_seqs", "kvcache_block_size", "tensor_parallel_size"):
             _require_positive_int(name, getattr(self, name))
-        for name in ("max_model_len", "kv_cache_memory_bytes", "num_kvcache_blocks"):
+        for name in ("max_num_batched_tokens", "max_model_len", "kv_cache_memory_bytes", "num_kvcache_blocks"):
             if getattr(self, name) is not None:
                 _require_positive_int(name, getattr(self, name))
         if self.kvcache_block_size > 64 or self.kvcache_block_size & (self.kvcache_block_size - 1):
@@ -154,7 +156,7 @@ class EngineConfig:
         for name in (option.name for option in fields(self) if isinstance(option.default, bool)):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.max_num_seqs > self.max_num_batched_tokens:
+        if self.max_num_batched_tokens is not None and self.max_num_seqs > self.max_num_batched_tokens:
             raise ValueError(
                 f"max_num_seqs ({self.max_num_seqs}) exceeds max_num_batched_tokens ({self.max_num_batched_tokens}): "
                 "every running sequence needs one token a step; lower the first or raise the second"
@@ -167,6 +169,15 @@ class EngineConfig:
         _require_choice(
             "attention_backend", self.attention_backend, ("auto", "triton", "sdpa", "flash_attn", "flashinfer")
         )
+
+    def token_budget(self, device_type: str) -> int:
+        """Tokens that one step may run on a device of this type ("cuda", "cpu").
+
+        A CPU gains nothing from larger steps, and their temporaries cost page faults: SmolLM2 in fp32 on two cores,
+        16 prompts of 10 to 500 tokens, 115 output tokens a second with 8192 and 128 with 2048.
+        """
+        default = 2048 if device_type == "cpu" else 8192
+        return self.max_num_batched_tokens or max(default, self.max_num_seqs)
 
 
 def _require_positive_int(name: str, value: object) -> None:

@@ -17,6 +17,7 @@ from engine_lives import random_life
 from tiny_models import save_model
 
 from nanovllm import LLM, AsyncLLM, SamplingParams
+from nanovllm.config import EngineConfig
 from nanovllm.engine.model_runner import LaunchedStep, StepOutput
 from nanovllm.engine.request import Completion
 
@@ -533,3 +534,12 @@ def test_text_that_cannot_be_made_ends_its_own_request_only(llm: LLM, monkeypatc
     assert all(request.finished for request in requests) and used_blocks(llm) == 0
     assert requests[0].error == "its text cannot be made: TypeError: expected str instance, NoneType found"
     assert requests[1].error is None
+
+
+def test_token_budget_by_device() -> None:
+    """What is given holds anywhere; otherwise a CPU takes smaller steps, but never too small for one token each."""
+    assert EngineConfig("m").token_budget("cuda") == 8192 and EngineConfig("m").token_budget("cpu") == 2048
+    assert EngineConfig("m", max_num_batched_tokens=300).token_budget("cpu") == 300
+    assert EngineConfig("m", max_num_seqs=5000).token_budget("cpu") == 5000
+    with pytest.raises(ValueError, match="max_num_seqs .256. exceeds max_num_batched_tokens .64."):
+        EngineConfig("m", max_num_batched_tokens=64)

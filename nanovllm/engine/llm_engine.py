@@ -63,7 +63,7 @@ class LLMEngine:
         self.eos_token_ids = frozenset(i for i in eos if i is not None and 0 <= i < vocab_size)
         self.max_model_len = self.runner.max_model_len
         blocks = BlockManager(self.runner.num_blocks, config.kvcache_block_size, config.enable_prefix_caching)
-        self.scheduler = Scheduler(config.max_num_seqs, config.max_num_batched_tokens, self.max_model_len, blocks)
+        self.scheduler = Scheduler(config.max_num_seqs, self.runner.token_budget, self.max_model_len, blocks)
         self._requests: dict[str, Request] = {}
         self._owner: dict[int, tuple[Request, Completion]] = {}  # by seq_id, unfinished ones
         self._lock = threading.RLock()

@@ -69,10 +69,11 @@ class ModelRunner:
         self.model, self.model_config = self.loaded.model, self.loaded.config
         self.device, self.dtype = self.loaded.device, self.loaded.dtype
         self.max_model_len = self.loaded.max_model_len
+        self.token_budget = config.token_budget(self.device.type)
         self.sampler = Sampler(self.model_config.vocab_size, self.device)
         self.inputs = InputBuilder(
             config.max_num_seqs,
-            config.max_num_batched_tokens,
+            self.token_budget,
             self.max_model_len,
             config.kvcache_block_size,
             self.device,
@@ -116,8 +117,8 @@ class ModelRunner:
         """Run the largest step on a throw-away cache of one block, so that the allocator's peak tells its cost."""
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
-        tokens = min(self.config.max_num_batched_tokens, self.max_model_len)
-        rows = self.config.max_num_batched_tokens
+        rows = self.token_budget
+        tokens = min(rows, self.max_model_len)
         lengths = [tokens] * (rows // tokens) + ([rows % tokens] if rows % tokens else [])
 
         def tensor(values: list[int], dtype: torch.dtype) -> torch.Tensor:
