@@ -69,7 +69,8 @@ class FusionConfig:
     tile: products of [block_n, block_k] by [block_k, block_m], `num_stages` of them in flight.
     `block_n` counts weight rows: with SwiGLU a program writes half as many outputs.
     `launch_pdl`: programmatic dependent launch (Hopper, Triton 3.6): the kernel starts before its predecessor ends and
-    waits for it as late as it can, a gemv after asking for its weights. No policy chooses it yet.
+    waits for it as late as it can, a gemv or a panel after asking for its weights. `chain_config` chooses it: a kernel
+    alone has nothing to overlap.
     """
 
     variant: str

@@ -138,7 +138,7 @@ def rope_attention_config(
     16.9 / 19.3 / 21.8 / 25.0 with 32 splits, 17.0 / 20.3 / 21.2 / 26.1 with 16 and 8 warps, 20.1 / 20.5 / 21.8 / 26.3
     with 64-key tiles; four 25.9 / 28.6 / 31.7 / 48.7; sixteen 33.9 / 40.9 / 53.1 / 104.1 with three stages of 64 keys,
     32.1 / 39.3 / 49.8 / 113.5 with two of 128. Unfused: 44 / 45 / 46 / 50 for one, 44 / 49 / 60 / 108 for sixteen.
-    Where the host says that no context exceeds 512, six sequences and more take 8 warps and merge less: eight
+    Where the host says that no context exceeds 512, larger batches take 8 warps and merge less: eight
     25.2 / 31.1 at 128 / 384 against 28.8 / 33.9. (For one, tiles of 256 keys were no better: 16.9 / 19.5.)
     """
     if element_size == 4 or head_dim > 128:
