@@ -13,14 +13,29 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm.kernels import activation, decode_attention, jit, kv_cache, norm, prefill_attention, rope
+from nanovllm.kernels import (
+    activation,
+    decode_attention,
+    jit,
+    kv_cache,
+    linear_residual,
+    norm,
+    prefill_attention,
+    rms_norm_linear_fusion,
+    rms_norm_linear_kernels,
+    rope,
+    rope_attention,
+)
+from nanovllm.kernels.chain_config import linear_config
+from nanovllm.kernels.fusion_config import Problem
 from nanovllm.kernels.launch_config import H100, Gpu
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 
 CONSUMER = Gpu(num_sms=82, shared_memory=99 * 1024)
-TARGETS = {"h100": (H100, 90), "consumer": (CONSUMER, 86)}
+DEPENDENT = Gpu(num_sms=132, shared_memory=227 * 1024, pdl=True)
+TARGETS = {"h100": (H100, 90), "consumer": (CONSUMER, 86), "dependent": (DEPENDENT, 90)}
 F32, BF16 = torch.float32, torch.bfloat16
 TYPES = {F32: "*fp32", BF16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64"}
 
@@ -36,7 +51,10 @@ class CompileOnly:
         assert all(isinstance(size, int) and size > 0 for size in grid)
         return self.compile
 
-    def compile(self, *args: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
+    def compile(
+        self, *args: Any, num_warps: int = 4, num_stages: int = 3, launch_pdl: bool = False, **constants: Any
+    ) -> None:
+        assert launch_pdl == constants.get("PDL", False), "a kernel that waits must be launched as a dependent"
         names = self.kernel.arg_names
         values = {**dict(zip(names, args, strict=False)), **constants}
         assert len(args) + len(constants) == len(names), "every parameter is given once"
@@ -49,6 +67,10 @@ class CompileOnly:
         options = {"num_warps": num_warps, "num_stages": num_stages}
         binary = triton.compile(source, target=self.target, options=options)
         assert binary.metadata.shared <= self.gpu.shared_memory
+        if launch_pdl:  # what may be read early is asked for before the wait, and all of the rest behind it
+            before, wait, behind = binary.asm["ptx"].partition("griddepcontrol.wait")
+            assert wait and "griddepcontrol.launch_dependents" in before and "st.global" in behind
+            assert "st.global" not in before and ("ld.global" in before or "prefetch" in before)
         self.compiled.append(self.kernel.__name__)
 
     @staticmethod
@@ -68,8 +90,10 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     gpu, capability = TARGETS[request.param]
     names: list[str] = []
     modules: list[ModuleType] = [activation, decode_attention, kv_cache, norm, prefill_attention, rope]
+    modules += [linear_residual, rms_norm_linear_kernels, rope_attention]
     for module in modules:
-        monkeypatch.setattr(module, "use_triton", lambda x: True)
+        if hasattr(module, "use_triton"):
+            monkeypatch.setattr(module, "use_triton", lambda x: True)
         if hasattr(module, "gpu_of"):
             monkeypatch.setattr(module, "gpu_of", lambda device: gpu)
         jit._materialise(vars(module))
@@ -125,3 +149,55 @@ def test_attention(compiled: list[str], case: tuple) -> None:
         q = torch.zeros(tokens, q_heads, dim, dtype=dtype)
         prefill_attention.prefill_attention(q, cache, cache, table, start, lengths, tokens, 0.1, window)
     assert compiled[-2:] == ["_prefill_kernel", "_prefill_kernel"]
+
+
+@pytest.mark.parametrize(
+    ("compiled", "rows", "kernels"),
+    [
+        ("dependent", 1, ["gemv_kernel"]),
+        ("dependent", 4, ["panel_kernel"]),
+        ("dependent", 16, ["tile_kernel", "panel_kernel"]),
+        ("consumer", 1, ["gemv_kernel"]),
+        ("consumer", 16, ["tile_kernel", "panel_kernel"]),
+    ],
+    indirect=["compiled"],
+)
+def test_linears_of_the_decode_chain(
+    compiled: list[str], request: pytest.FixtureRequest, rows: int, kernels: list[str]
+) -> None:
+    """QKV, gate_up with SwiGLU and the output projection of Qwen3-0.6B, in the configurations of the policy."""
+    gpu = TARGETS[request.node.callspec.params["compiled"]][0]
+    for n, k, swiglu in ((4096, 1024, False), (3072, 1024, True)):
+        problem = Problem(rows, n, k, "bfloat16", swiglu)
+        x, weight = torch.zeros(rows, k, dtype=BF16), torch.zeros(problem.weight_rows, k, dtype=BF16)
+        gamma = torch.ones(k, dtype=BF16)
+        rms_norm_linear_fusion.launch(problem, linear_config(problem, gpu), x, weight, gamma, 1e-6, None, None)
+    x, weight = torch.zeros(rows, 2048, dtype=BF16), torch.zeros(1024, 2048, dtype=BF16)
+    config = linear_config(Problem(rows, 1024, 2048), gpu)
+    linear_residual.linear_residual(x, weight, torch.zeros(rows, 1024, dtype=BF16), config=config)
+    assert len(compiled) == 3 and set(compiled) <= set(kernels)
+
+
+# (q_heads, kv_heads, head_dim, page, window, sequences, longest context)
+CHAIN_ATTENTION = [
+    ("dependent", (16, 8, 128, 32, None, 1, 40960)),
+    ("dependent", (16, 8, 128, 32, None, 8, 512)),
+    ("dependent", (32, 8, 64, 64, 300, 16, 4096)),
+    ("consumer", (14, 2, 64, 32, None, 3, 4096)),
+    ("consumer", (32, 8, 128, 32, None, 16, 512)),
+]
+
+
+@pytest.mark.parametrize(("compiled", "case"), CHAIN_ATTENTION, indirect=["compiled"])
+@pytest.mark.parametrize("with_norm", [True, False])
+def test_attention_of_the_decode_chain(compiled: list[str], case: tuple, with_norm: bool) -> None:
+    q_heads, kv_heads, dim, page, window, sequences, longest = case
+    cache = torch.zeros(2, kv_heads, page, dim, dtype=BF16)
+    table, lengths = (torch.zeros(shape, dtype=torch.int32) for shape in ((sequences, 5), (sequences,)))
+    qkv, weight = torch.zeros(sequences, (q_heads + 2 * kv_heads) * dim, dtype=BF16), torch.ones(dim, dtype=BF16)
+    norm_weight = weight if with_norm else None
+    angles = torch.zeros(8, dim)
+    rope_attention.rope_attention(
+        qkv, norm_weight, norm_weight, 1e-6, angles, cache, cache, table, lengths, 0.1, window, longest
+    )
+    assert compiled == ["_rope_attention_kernel"]

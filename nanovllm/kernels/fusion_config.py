@@ -131,7 +131,7 @@ class FusionConfig:
                 found.append(f"a panel takes at most block_m={self.block_m} rows, x has {problem.m}")
             if held > _THREAD_BYTES * 32 * self.num_warps:
                 found.append(f"a weight tile of {held} bytes does not fit into the registers of {self.num_warps} warps")
-            shared = held + self.block_m * chunk * problem.element_size  # on their way to the tensor cores
+            shared = held + held // self.block_n * self.block_m  # all of weight and x, on their way to the tensor cores
             if shared > gpu.shared_memory:
                 found.append(f"{shared} bytes of tiles exceed the {gpu.shared_memory} of shared memory")
             smallest = {"block_m": 8, "block_n": 16, "block_k": 16}
