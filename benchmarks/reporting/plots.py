@@ -46,7 +46,7 @@ def decode(records: Sequence[Record]) -> Any:
     """Milliseconds per token and output tokens per second against batch, one column a model."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    rows = [r for r in select(records, test="decode") if r.metric in ("ms_per_token", "output_tok_s")]
+    rows = [r for r in select(records, test="decode", prompt="128") if r.metric in ("ms_per_token", "output_tok_s")]
     models = sorted({r.model for r in rows if r.engine == OURS})
     if not models:
         return None

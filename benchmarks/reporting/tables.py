@@ -22,9 +22,11 @@ def tables(records: Sequence[Record]) -> str:
     for device in gpus(records):
         own = [r for r in records if r.device == device]
         parts.append(f"## {device}")
-        parts += _section("Decode: milliseconds per token", select(own, test="decode", metric="ms_per_token"), "batch")
         parts += _section(
-            "Decode: output tokens per second", select(own, test="decode", metric="output_tok_s"), "batch"
+            "Decode: milliseconds per token", select(own, test="decode", metric="ms_per_token", prompt="128"), "batch"
+        )
+        parts += _section(
+            "Decode: output tokens per second", select(own, test="decode", metric="output_tok_s", prompt="128"), "batch"
         )
         parts += _section("Time to first token (ms)", select(own, test="prefill", metric="ttft_ms"), "prompt")
         parts += _section(
