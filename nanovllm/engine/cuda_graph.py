@@ -4,8 +4,8 @@ A graph is recorded once per batch size over buffers that never move; a step fil
 smallest graph that holds it. Sizes 1 to 16 are exact, since that is where padding would show; then steps of 8.
 
 A graph is also recorded for a longest context, for which attention chooses its grid. Fused sizes get a second one for
-short contexts, where a layer is a matter of latency: with all keys of a sequence in one or two programs a step takes
-7 to 12 % less (Qwen3-0.6B, 8 and 16 sequences of up to 384 tokens, H200).
+short contexts, where a layer is a matter of latency, and the fewest programs a sequence are the fastest: see
+`launch_config.rope_attention_config` for what that gains.
 """
 
 from __future__ import annotations
