@@ -121,7 +121,7 @@ class EngineConfig:
     async_scheduling: bool | None = _option(
         None, "prepare a step while the one before it still runs; default: on a GPU yes, on the CPU no"
     )
-    attention_backend: str = _option("auto", "auto, triton, sdpa, flash_attn or flashinfer")
+    attention_backend: str = _option("auto", "auto, triton, native, sdpa, flash_attn or flashinfer")
     tensor_parallel_size: int = _option(1, "GPUs that share the model")
     seed: int = _option(0, "draws the sampling seeds of requests that bring none, and dummy weights")
     skip_tokenizer_init: bool = _option(False, "no tokenizer: token ids in, token ids out")
@@ -167,7 +167,9 @@ class EngineConfig:
             raise ValueError(f"async_scheduling must be True, False or None, got {self.async_scheduling!r}")
         _require_choice("load_format", self.load_format, ("auto", "dummy"))
         _require_choice(
-            "attention_backend", self.attention_backend, ("auto", "triton", "sdpa", "flash_attn", "flashinfer")
+            "attention_backend",
+            self.attention_backend,
+            ("auto", "triton", "native", "sdpa", "flash_attn", "flashinfer"),
         )
 
     def token_budget(self, device_type: str) -> int:

@@ -36,7 +36,7 @@ class LoadedModel:
     dtype: torch.dtype
     tp: TensorParallel
     max_model_len: int
-    fused_rows: int  # decode steps of at most so many rows take the fused kernels; 0 = none
+    fused_rows: int  # decode steps of at most so many rows take the GPU's fused kernels; 0 = none
 
 
 def load_model(config: EngineConfig) -> LoadedModel:
@@ -61,25 +61,31 @@ def load_model(config: EngineConfig) -> LoadedModel:
         config.kvcache_block_size,
     )
     backend = select_backend(config.attention_backend, spec)
-    fused_rows = resolve_fusion(config.fusion, spec, backend.name, tp.world_size)
+    fused = resolve_fusion(config.fusion, spec, backend.name, tp.world_size)
     model = build_model(model_config, max_len, backend, Build(dtype, device, tp)).eval()
     if config.load_format == "dummy":
         dummy_weights(model.named_parameters(), config.seed)
     else:
         load_weights(model, iter_weights(source, model_config, show_progress=config.show_progress))
-    prepare_for_inference(model)
+    prepare_for_inference(model, fused)
+    fused_rows = 0 if not fused or model.model.native else max_fused_rows(dtype)
     return LoadedModel(source, model_config, generation, model, backend, device, dtype, tp, max_len, fused_rows)
 
 
-def resolve_fusion(wanted: str, spec: AttentionSpec, backend: str, world_size: int) -> int:
-    """Rows up to which decode steps are fused; ValueError, with the reasons, for "on" where they cannot be."""
+def resolve_fusion(wanted: str, spec: AttentionSpec, backend: str, world_size: int) -> bool:
+    """Whether the fused kernels are used; ValueError, with the reasons, for "on" where they cannot be."""
     reasons = [] if wanted == "off" else why_not_fused(spec, backend, world_size)
     if wanted == "on" and reasons:
         raise ValueError(f'fusion="on" cannot be had: {"; ".join(reasons)}; use "auto" or "off"')
     if wanted == "off" or reasons:
-        logger.info("decode steps are not fused: %s", "; ".join(reasons) or 'fusion="off"')
-        return 0
-    return MAX_FLOAT32_ROWS if spec.dtype == torch.float32 else MAX_CHAIN_ROWS
+        logger.info("layers are not fused: %s", "; ".join(reasons) or 'fusion="off"')
+        return False
+    return True
+
+
+def max_fused_rows(dtype: torch.dtype) -> int:
+    """Rows up to which a GPU's decode steps are fused."""
+    return MAX_FLOAT32_ROWS if dtype == torch.float32 else MAX_CHAIN_ROWS
 
 
 def resolve_max_model_len(wanted: int | None, model: ModelConfig) -> int:

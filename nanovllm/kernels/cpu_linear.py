@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from nanovllm.kernels import native
+
 _DTYPES = (torch.float32, torch.bfloat16)
 _PACK_ROWS = 16  # rows the blocked layout is chosen for; measured best or equal from 1 to 256 rows
 _LEFT_ROWS = 7  # most rows for which W @ xᵀ beats oneDNN on the plain weight; measured with fp32 [49152, 576]
@@ -38,6 +40,8 @@ def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | No
 def head_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [m, k] @ weight [n, k]ᵀ -> [m, n] on any device; fp32 on CPUs by the fastest form for m rows."""
     rows = x.shape[0]
+    if native.runs(x):
+        return native.linear(x, weight)
     if x.device.type != "cpu" or x.dtype != torch.float32 or rows == 0:
         return F.linear(x, weight)
     if rows == 1:  # a real second row: a stride-0 view would send BLAS down its slow path

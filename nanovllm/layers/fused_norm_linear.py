@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels import reference
+from nanovllm.kernels import native, reference
 from nanovllm.kernels.activation import silu_mul
 from nanovllm.kernels.chain_config import linear_config
 from nanovllm.kernels.fusion_config import UNFUSED, Problem
@@ -30,6 +30,8 @@ def norm_linear(
 ) -> torch.Tensor:
     """x [B, K] -> linear(norm(x)) [B, N]; with `swiglu`, the weight is packed [2 N, K], gate rows first."""
     weight, bias = linear.weight, linear.bias
+    if native.runs(x):
+        return native.linear(x, weight, bias, norm_weight=norm.weight, eps=norm.eps, swiglu=swiglu)
     if not use_triton(x):
         return reference.rms_norm_linear(x, weight, norm.weight, norm.eps, bias, None, "swiglu" if swiglu else None)
     problem = _problem(x, weight, swiglu)
@@ -42,6 +44,8 @@ def norm_linear(
 
 def linear_residual_(x: torch.Tensor, linear: RowParallelLinear, residual: torch.Tensor) -> torch.Tensor:
     """residual [B, N] += linear(x [B, K]), in place; returns it."""
+    if native.runs(x):
+        return native.linear_residual_(x, linear.weight, linear.bias, residual)
     config = linear_config(_problem(x, linear.weight, False), gpu_of(x.device)) if use_triton(x) else UNFUSED
     return linear_residual(x, linear.weight, residual, bias=linear.bias, config=config)
 
@@ -53,11 +57,21 @@ def _problem(x: torch.Tensor, weight: torch.Tensor, swiglu: bool) -> Problem:
 
 def why_not_fused(spec: AttentionSpec, backend: str, world_size: int) -> list[str]:
     """Reasons why the decode chain cannot run here; [] means that it can. `backend`: the attention backend in use."""
-    if spec.device.type != "cuda" and not interpreting():
-        return [f"its kernels need a CUDA device, the engine runs on {spec.device.type}"]
+    if spec.device.type == "cpu" and not interpreting():
+        return _why_not_native(spec, world_size)
     reasons = [] if triton_installed() else ["the package triton is not installed (pip install triton)"]
     if backend != "triton":
         reasons.append(f"it brings its own attention, but attention_backend={backend!r} was asked for")
     if world_size > 1:
         reasons.append(f"its kernels do not meet other ranks, and tensor_parallel_size is {world_size}")
     return reasons + TritonBackend.why_not(spec)
+
+
+def _why_not_native(spec: AttentionSpec, world_size: int) -> list[str]:
+    """The same for the chain in C."""
+    reasons = []
+    if spec.dtype != torch.float32:
+        reasons.append(f"on a CPU its kernels compute in float32, the engine in {dtype_name(spec.dtype)}")
+    if world_size > 1:
+        reasons.append(f"its kernels do not meet other ranks, and tensor_parallel_size is {world_size}")
+    return reasons + (native.why_not() or native.unfit_heads(spec.num_heads, spec.num_kv_heads, spec.head_dim))

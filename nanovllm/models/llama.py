@@ -7,13 +7,15 @@ Projections that share an input are one matmul: every RMSNorm is followed by exa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import cast
 
 import torch
 from torch import nn
 
 from nanovllm.config import ModelConfig
+from nanovllm.kernels import native
 from nanovllm.kernels.rope import qk_norm_rope_store
 from nanovllm.kernels.rope_attention import rope_attention
 from nanovllm.layers.activation import SiluAndMul
@@ -45,8 +47,19 @@ class LlamaAttention(nn.Module):
         self, x: torch.Tensor, rope: RopeRows, cache: tuple[torch.Tensor, torch.Tensor], batch: ForwardBatch
     ) -> torch.Tensor:
         """x [T, hidden] -> [T, hidden]; stores this step's K and V in `cache` before attending to it."""
-        q = qk_norm_rope_store(
-            self.qkv_proj(x),
+        return self.o_proj(self.attend(self.qkv_proj(x), rope, cache, batch))
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        rope: RopeRows,
+        cache: tuple[torch.Tensor, torch.Tensor],
+        batch: ForwardBatch,
+        norm_rope_store: Callable[..., torch.Tensor] = qk_norm_rope_store,
+    ) -> torch.Tensor:
+        """Everything between the projections: qkv [T, …] -> [T, Hq * D]."""
+        q = norm_rope_store(
+            qkv,
             self.q_norm.weight if self.q_norm is not None else None,
             self.k_norm.weight if self.k_norm is not None else None,
             self.eps,
@@ -55,8 +68,7 @@ class LlamaAttention(nn.Module):
             *cache,
             batch.attention.slot_mapping,
         )
-        out = self.backend.forward(q, *cache, batch.attention, self.scale, self.window)
-        return self.o_proj(out.flatten(1))
+        return self.backend.forward(q, *cache, batch.attention, self.scale, self.window).flatten(1)
 
     def decode(
         self,
@@ -127,17 +139,17 @@ class LlamaDecoderLayer(nn.Module):
         x, residual = self.post_attention_layernorm.add(x, residual)
         return self.mlp(x), residual
 
-    def decode(
-        self,
-        x: torch.Tensor,
-        table: torch.Tensor,
-        cache: tuple[torch.Tensor, torch.Tensor],
-        batch: ForwardBatch,
-        arrived: torch.Tensor,
+    def chain(
+        self, x: torch.Tensor, attend: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The layer in five kernels: x [B, hidden], the residual stream, is read and written in place."""
-        qkv = norm_linear(x, self.input_layernorm, self.self_attn.qkv_proj)
-        out = self.self_attn.decode(qkv, table, cache, batch, arrived)
+        """The layer in five operations: x [T, hidden], the residual stream, is read and written in place.
+
+        `attend`: qkv -> [T, Hq * D], what lies between the projections. `rows` [R]: the last layer's output is wanted
+        for these tokens only, [R, hidden].
+        """
+        out = attend(norm_linear(x, self.input_layernorm, self.self_attn.qkv_proj))
+        if rows is not None:
+            out, x = out[rows], x[rows]
         x = linear_residual_(out, self.self_attn.o_proj, x)
         inner = norm_linear(x, self.post_attention_layernorm, self.mlp.gate_up_proj, swiglu=True)
         return linear_residual_(inner, self.mlp.down_proj, x)
@@ -154,11 +166,14 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(self.layer_class(config, i, backend, build) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
         self.rotary = RotaryEmbedding(config, max_len, build.device)
+        self.native = False  # whether `forward` is the chain in C; `registry.prepare_for_inference` knows
 
     def forward(self, batch: ForwardBatch, caches: KVCaches) -> torch.Tensor:
         """Hidden states [R, hidden] of `batch.logits_rows` (or of all T tokens), after the final norm."""
         rope = self.rotary.rows(batch.positions, batch.prompt_lens)
         x = self.embed_tokens(batch.input_ids)
+        if self.native:
+            return self.norm(self._chain(x, rope, batch, caches))
         x, residual = self.layers[0](x, None, rope, caches[0], batch)
         for layer, cache in zip(self.layers[1:], caches[1:], strict=True):
             x, residual = layer(x, residual, rope, cache, batch)
@@ -172,7 +187,18 @@ class LlamaModel(nn.Module):
         arrived = torch.zeros(x.shape[0] * caches[0][0].shape[1], dtype=torch.int32, device=x.device)
         layers = cast("Iterable[LlamaDecoderLayer]", self.layers)
         for layer, cache in zip(layers, caches, strict=True):
-            x = layer.decode(x, self.rotary.table, cache, batch, arrived)
+            attend = partial(layer.self_attn.decode, table=self.rotary.table, cache=cache, batch=batch, arrived=arrived)
+            x = layer.chain(x, attend)
+        return x
+
+    def _chain(self, x: torch.Tensor, rope: RopeRows, batch: ForwardBatch, caches: KVCaches) -> torch.Tensor:
+        """Any step through the layers in C: the residual stream [R, hidden] of `batch.logits_rows`."""
+        layers = cast("Iterable[LlamaDecoderLayer]", self.layers)
+        for number, (layer, cache) in enumerate(zip(layers, caches, strict=True), start=1):
+            attend = partial(
+                layer.self_attn.attend, rope=rope, cache=cache, batch=batch, norm_rope_store=native.qk_norm_rope_store
+            )
+            x = layer.chain(x, attend, batch.logits_rows if number == len(caches) else None)
         return x
 
 

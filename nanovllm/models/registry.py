@@ -8,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import nn
 
 from nanovllm.config import ModelConfig
 from nanovllm.kernels.jit import interpreting
@@ -91,9 +90,15 @@ def expected_tensors(model: LlamaForCausalLM) -> set[str]:
     return names
 
 
-def prepare_for_inference(model: nn.Module) -> None:
-    """Put weights into the form that their device multiplies fastest; call once, after loading."""
-    if interpreting():  # kernels read the plain weights
+def prepare_for_inference(model: LlamaForCausalLM, fused: bool) -> None:
+    """Put weights into the form that their device multiplies fastest; call once, after loading.
+
+    `fused`: the decode chain is used, whose kernels read plain weights; on a CPU every step takes it.
+    """
+    if interpreting():
+        return
+    if fused:
+        model.model.native = model.model.norm.weight.device.type == "cpu"
         return
     for module in model.modules():
         if isinstance(module, LinearBase):

@@ -76,6 +76,7 @@ class AttentionBackend(ABC):
 # name -> (module, class); modules are imported at selection, so that an optional library stays optional
 _BACKENDS = {
     "triton": ("triton_paged", "TritonBackend"),
+    "native": ("native", "NativeBackend"),
     "sdpa": ("sdpa", "SDPABackend"),
     "flash_attn": ("flash", "FlashAttentionBackend"),
     "flashinfer": ("flashinfer", "FlashInferBackend"),
@@ -91,13 +92,13 @@ def backend_class(name: str) -> type[AttentionBackend]:
 
 
 def select_backend(name: str, spec: AttentionSpec) -> AttentionBackend:
-    """The backend called `name`; "auto" = triton on CUDA where it can run, else sdpa, which always can.
+    """The backend called `name`; "auto" = triton on CUDA or native on a CPU where they can run, else sdpa.
 
     Raises `ValueError` with the reasons when a backend asked for by name cannot run.
     """
     if name == "auto":
-        use_triton = spec.device.type == "cuda" and not backend_class("triton").why_not(spec)
-        return backend_class("triton" if use_triton else "sdpa")()
+        own = backend_class("triton" if spec.device.type == "cuda" else "native")
+        return own() if not own.why_not(spec) else backend_class("sdpa")()
     cls = backend_class(name)
     reasons = cls.why_not(spec)
     if reasons:
