@@ -1,12 +1,15 @@
 /* A decoder layer on a CPU, in float32: the operations that `kernels/native.py` compiles, loads and describes.
 
-Linear layers of few rows are bound by the weights' bytes, and what a BLAS does for large matrices (copying blocks of
-both operands into a layout of its own) only costs there. Here a thread owns a range of weight rows, which it reads once,
-as they lie, and multiplies with all rows of x: 4 weight rows by 3 rows of x is the block whose 12 sums, with the operands
-of one step, fill the 16 registers of AVX2. While a block is multiplied, the next weight rows are prefetched at the
-rate at which they will be needed. Norm, bias, SwiGLU and residual ride along, so a layer is four calls and attention.
+A linear layer of few rows is bound by the weights' bytes, and one of many rows by arithmetic. A BLAS is made for the
+second: it copies blocks of both operands into a layout of its own, which costs twice the weight's bytes. Here a thread
+owns a range of weight rows and reads them once, as they lie, while it multiplies them with all rows of x:
 
-Every sum along k runs in the same order whatever m is: a row's result does not depend on its company.
+    dots      sums over vectors along k, 4 weight rows by 3 rows of x: up to a dozen rows
+    panels    sums in vectors along the rows of x, 6 weight rows by 2 vectors, x transposed first: more
+
+Both keep 12 vectors of sums in the 16 registers of AVX2. While a block is multiplied, the weight rows of the next are
+prefetched. Norm, bias, SwiGLU and residual ride along, so a layer is four such calls, the rotation and attention.
+A row's sums are added in the same order whatever rows are beside it, as long as their number calls for the same form.
 
 Vectors are GCC's extension, which clang has too: no intrinsics, any CPU. OpenMP's threads are those of PyTorch. */
 #include <math.h>
@@ -19,9 +22,10 @@ Vectors are GCC's extension, which clang has too: no intrinsics, any CPU. OpenMP
 #define LANES 8
 #endif
 
-enum { ROWS = 4, COLS = 3 };       /* weight rows and rows of x in a block of sums */
-enum { MIN_TILE = 48, MAX_TILE = 126, TILE_FLOATS = 1 << 16 }; /* rows of x taken at a time: a share of the L2 cache */
-enum { QUERY_ROWS = 48, MAX_PAGE = 64, MAX_DIM = 256 }; /* of attention; `native.py` refuses more of the latter two */
+enum { DOT_ROWS = 4, DOT_COLS = 3 };                          /* weight rows and rows of x in a block of dots */
+enum { PANEL_ROWS = 6, PANEL = 2 * LANES, PANEL_STEPS = 256 }; /* the same of panels; steps along k between stores */
+enum { MIN_TILE = 48, MAX_TILE = 128, TILE_FLOATS = 1 << 16 }; /* rows of x taken at a time: half an L2 cache */
+enum { QUERIES = 48, MAX_PAGE = 64, MAX_DIM = 256 };          /* of attention; `native.py` refuses more */
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
@@ -33,7 +37,9 @@ typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias))
 #define KEEP(v)
 #endif
 
+INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE vec load(const float *p) { return *(const vec *)p; }
+INLINE void store(float *p, vec v) { *(vec *)p = v; }
 
 INLINE float sum_of(vec v) {
     typedef float quad __attribute__((vector_size(16)));
@@ -63,96 +69,166 @@ INLINE float exp_(float x) {
     return p * scale;
 }
 
-/* ---------------------------------------------------------------------------------------------- products of rows */
+/* ----------------------------------------------------------------------------------------------------- products */
 
 /* sums[r * ld + c] = w[r] . x[c], for 4 rows of w and `cols` rows of x, k floats each; x's are k apart.
    Each step also prefetches from two streams, which advance by `pace` floats. */
-INLINE void block(const int cols, const float *const w[ROWS], const float *x, int64_t k, float *sums, int64_t ld,
-                  const float *const ahead[2], int64_t pace) {
-    const float *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3], *a0 = ahead[0], *a1 = ahead[1];
-    vec acc[ROWS][COLS];
-    UNROLL for (int r = 0; r < ROWS; r++)
+INLINE void dot_block(const int cols, const float *const w[], const float *x, int64_t k, float *sums, int64_t ld,
+                      const float *const next[2], int64_t pace) {
+    const float *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3], *next0 = next[0], *next1 = next[1];
+    vec acc[DOT_ROWS][DOT_COLS];
+    UNROLL for (int r = 0; r < DOT_ROWS; r++)
         UNROLL for (int c = 0; c < cols; c++) acc[r][c] = (vec){0};
     int64_t i = 0;
     _Pragma("GCC unroll 1") for (; i + LANES <= k; i += LANES) {
-        __builtin_prefetch(a0), a0 += pace;
-        __builtin_prefetch(a1), a1 += pace;
-        vec xs[COLS];
+        __builtin_prefetch(next0), next0 += pace;
+        __builtin_prefetch(next1), next1 += pace;
+        vec xs[DOT_COLS];
         UNROLL for (int c = 0; c < cols; c++) {
             xs[c] = load(x + c * k + i);
             KEEP(xs[c]);
         }
-        UNROLL for (int r = 0; r < ROWS; r++) {
+        UNROLL for (int r = 0; r < DOT_ROWS; r++) {
             vec ws = load((r == 0 ? w0 : r == 1 ? w1 : r == 2 ? w2 : w3) + i);
             KEEP(ws);
             UNROLL for (int c = 0; c < cols; c++) acc[r][c] += ws * xs[c];
         }
     }
-    UNROLL for (int r = 0; r < ROWS; r++)
+    UNROLL for (int r = 0; r < DOT_ROWS; r++)
         UNROLL for (int c = 0; c < cols; c++) sums[r * ld + c] = sum_of(acc[r][c]);
     for (; i < k; i++)
-        for (int r = 0; r < ROWS; r++)
+        for (int r = 0; r < DOT_ROWS; r++)
             for (int c = 0; c < cols; c++) sums[r * ld + c] += w[r][i] * x[c * k + i];
 }
 
-/* sums[r * ld + c] = w[r] . x[c] for m rows of x, while 2 k floats behind next[0] and next[1] come into the cache. */
-INLINE void rows(const float *const w[ROWS], const float *x, int64_t m, int64_t k, float *sums, int64_t ld,
+/* sums[r * ld + c] = w[r] . x[c] for m rows of x, while 2 k floats behind each of next come into the cache. */
+INLINE void dots(const float *const w[], const float *x, int64_t m, int64_t k, float *sums, int64_t ld,
                  const float *const next[2]) {
-    int64_t passes = (m + COLS - 1) / COLS, pace = (2 * LANES + passes - 1) / passes, c = 0;
+    int64_t passes = (m + DOT_COLS - 1) / DOT_COLS, pace = (2 * LANES + passes - 1) / passes, c = 0;
     const float *ahead[2] = {next[0], next[1]};
-    for (; c + COLS <= m; c += COLS) {
-        block(COLS, w, x + c * k, k, sums + c, ld, ahead, pace);
+    for (; c + DOT_COLS <= m; c += DOT_COLS) {
+        dot_block(DOT_COLS, w, x + c * k, k, sums + c, ld, ahead, pace);
         ahead[0] += k / LANES * pace, ahead[1] += k / LANES * pace;
     }
-    if (m - c == 1) block(1, w, x + c * k, k, sums + c, ld, ahead, pace);
-    if (m - c == 2) block(2, w, x + c * k, k, sums + c, ld, ahead, pace);
+    if (m - c == 1) dot_block(1, w, x + c * k, k, sums + c, ld, ahead, pace);
+    if (m - c == 2) dot_block(2, w, x + c * k, k, sums + c, ld, ahead, pace);
+}
+
+/* Whether m rows of x are multiplied in panels; dots do not compute the padding of the last one. */
+INLINE int in_panels(int64_t m) { return (m + PANEL - 1) / PANEL * PANEL * 10 <= m * 11; }
+
+/* sums[r * ld + c] (+)= w[r] . column c of the panel x [k, PANEL], steps from ... to - 1 along k, for 6 rows of w.
+   `ahead`: how far behind each row of w lies one that comes into the cache, or 0. */
+INLINE void panel_block(const float *const w[], int64_t from, int64_t to, const float *x, float *sums, int64_t ld,
+                        int64_t ahead) {
+    vec acc[PANEL_ROWS][2];
+    UNROLL for (int r = 0; r < PANEL_ROWS; r++)
+        acc[r][0] = acc[r][1] = (vec){0};
+    for (int64_t i = from; i < to;) {
+        if (ahead)
+            UNROLL for (int r = 0; r < PANEL_ROWS; r++) __builtin_prefetch(w[r] + ahead + i);
+        int64_t stop = min(i + 16, to); /* a cache line of each row */
+        _Pragma("GCC unroll 4") for (; i < stop; i++) {
+            vec low = load(x + i * PANEL), high = load(x + i * PANEL + LANES);
+            KEEP(low);
+            KEEP(high);
+            UNROLL for (int r = 0; r < PANEL_ROWS; r++) {
+                vec ws = w[r][i] - (vec){0};
+                KEEP(ws);
+                acc[r][0] += ws * low;
+                acc[r][1] += ws * high;
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < PANEL_ROWS; r++)
+        UNROLL for (int v = 0; v < 2; v++) {
+            float *sum = sums + r * ld + v * LANES;
+            if (from) acc[r][v] += load(sum);
+            store(sum, acc[r][v]);
+        }
+}
+
+/* sums[r * ld + c] = w[r] . x[c] for m rows of x, which lie in panels [k, PANEL]; the last panel's padding included. */
+INLINE void panels(const float *const w[], const float *x, int64_t m, int64_t k, float *sums, int64_t ld,
+                   int64_t ahead) {
+    for (int64_t from = 0; from < k; from += PANEL_STEPS)
+        for (int64_t c = 0; c < m; c += PANEL)
+            panel_block(w, from, min(from + PANEL_STEPS, k), x + c * k, sums + c, ld, c ? 0 : ahead);
 }
 
 /* ------------------------------------------------------------------------------------------------------- linear */
 
-INLINE void rms_norm(float *y, const float *x, const float *gamma, float eps, int64_t k) {
+INLINE float rms_scale(const float *x, float eps, int64_t k) {
     vec acc = {0};
     int64_t i = 0;
     for (; i + LANES <= k; i += LANES) acc += load(x + i) * load(x + i);
     float squares = sum_of(acc);
     for (; i < k; i++) squares += x[i] * x[i];
-    float scale = 1.0f / sqrtf(squares / (float)k + eps);
-    for (i = 0; i < k; i++) y[i] = x[i] * scale * gamma[i];
+    return 1.0f / sqrtf(squares / (float)k + eps);
+}
+
+INLINE void rms_norm(float *y, const float *x, const float *gamma, float eps, int64_t k) {
+    float scale = rms_scale(x, eps, k);
+    for (int64_t i = 0; i < k; i++) y[i] = x[i] * scale * gamma[i];
+}
+
+/* Up to PANEL rows of x, normalised if there is a gamma, as a panel [k, PANEL]; its padding is finite. */
+static void pack(float *panel, const float *x, const float *gamma, float eps, int64_t m, int64_t k) {
+    const float *row[PANEL];
+    float scale[PANEL];
+    for (int64_t c = 0; c < PANEL; c++) {
+        row[c] = x + min(c, m - 1) * k;
+        scale[c] = gamma ? rms_scale(row[c], eps, k) : 1.0f;
+    }
+    for (int64_t i = 0; i < k; i++) {
+        float weight = gamma ? gamma[i] : 1.0f;
+        UNROLL for (int64_t c = 0; c < PANEL; c++) panel[i * PANEL + c] = row[c][i] * scale[c] * weight;
+    }
 }
 
 /* y [m, n] = act(norm(x) w^T + bias), or added to y. x: [m, k]; w: [n, k], with swiglu [2 n, k], gate rows first;
-   gamma: [k] or none for no norm; bias: one a row of w, or none; scratch: MAX_TILE rows of k floats if there is a norm.
-   Without swiglu a block holds 4 rows of w, with it 2 gate rows and their 2 up rows. */
+   gamma: [k], or none for no norm; bias: one a row of w, or none; scratch: k floats for each of MAX_TILE rows, or for m
+   rows and a panel's padding. With swiglu, half the rows of a block are gate rows, the others their up rows. */
 void linear(float *y, const float *x, const float *w, const float *gamma, float eps, const float *bias, float *scratch,
             int64_t m, int64_t n, int64_t k, int32_t swiglu, int32_t add) {
-    int64_t fit = TILE_FLOATS / k, tile = fit < MIN_TILE ? MIN_TILE : fit > MAX_TILE ? MAX_TILE : fit / COLS * COLS;
-    int64_t wide = swiglu ? ROWS / 2 : ROWS, blocks = (n + wide - 1) / wide;
+    int64_t fit = TILE_FLOATS / k / PANEL * PANEL, tile = fit < MIN_TILE ? MIN_TILE : min(fit, MAX_TILE);
+    int wide = in_panels(m), height = wide ? PANEL_ROWS : DOT_ROWS, width = swiglu ? height / 2 : height;
+    int64_t blocks = (n + width - 1) / width;
 #pragma omp parallel
     for (int64_t first = 0; first < m; first += tile) {
-        int64_t count = m - first < tile ? m - first : tile;
-        const float *xs = x + first * k;
-        if (gamma) {
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < count; i++) rms_norm(scratch + i * k, xs + i * k, gamma, eps, k);
-            xs = scratch;
+        int64_t count = min(m - first, tile);
+        const float *rows = x + first * k, *xs = wide || gamma ? scratch : rows;
+        if (first) { /* the rows before may still be read */
+#pragma omp barrier
         }
+        if (wide) {
 #pragma omp for schedule(static)
+            for (int64_t i = 0; i < count; i += PANEL) pack(scratch + i * k, rows + i * k, gamma, eps, count - i, k);
+        } else if (gamma) {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < count; i++) rms_norm(scratch + i * k, rows + i * k, gamma, eps, k);
+        }
+#pragma omp for schedule(static) nowait
         for (int64_t b = 0; b < blocks; b++) {
-            float sums[ROWS][MAX_TILE];
-            int64_t j = b * wide, valid = n - j < wide ? n - j : wide, row[ROWS];
-            for (int r = 0; r < ROWS; r++) { /* behind the last row, that one again */
-                int64_t in = r % wide < valid ? r % wide : valid - 1;
-                row[r] = j + in + (r >= wide ? n : 0);
+            float sums[PANEL_ROWS][MAX_TILE];
+            const float *ws[PANEL_ROWS];
+            int64_t j = b * width, valid = min(n - j, width), row[PANEL_ROWS];
+            for (int r = 0; r < height; r++) { /* behind the last row, that one again */
+                row[r] = j + min(r % width, valid - 1) + (r < width ? 0 : n);
+                ws[r] = w + row[r] * k;
             }
-            const float *ws[ROWS] = {w + row[0] * k, w + row[1] * k, w + row[2] * k, w + row[3] * k};
-            const float *next[2] = {ws[0] + wide * k, ws[2] + wide * k};
-            rows(ws, xs, count, k, sums[0], MAX_TILE, next);
+            const float *next[2] = {ws[0] + width * k, ws[2] + width * k};
+            if (wide)
+                panels(ws, xs, count, k, sums[0], MAX_TILE, width * k);
+            else
+                dots(ws, xs, count, k, sums[0], MAX_TILE, next);
             if (bias)
-                for (int r = 0; r < ROWS; r++)
+                for (int r = 0; r < height; r++)
                     for (int64_t i = 0; i < count; i++) sums[r][i] += bias[row[r]];
             if (swiglu)
-                for (int r = 0; r < 2; r++)
-                    for (int64_t i = 0; i < count; i++) sums[r][i] *= sums[r + 2][i] / (1.0f + exp_(-sums[r][i]));
+                for (int r = 0; r < width; r++)
+                    for (int64_t i = 0; i < count; i++)
+                        sums[r][i] *= sums[r + width][i] / (1.0f + exp_(-sums[r][i]));
             for (int64_t i = 0; i < count; i++)
                 for (int64_t r = 0; r < valid; r++) {
                     float *out = y + (first + i) * n + j + r;
@@ -192,52 +268,75 @@ void rope_store(float *q, float *k_cache, float *v_cache, const float *qkv, cons
     }
 }
 
-/* acc[c] = acc[c] * fade[c] + p[c] . v at d, for `cols` query rows, `keys` rows of v and `width` vectors. */
-INLINE void weigh(const int cols, const int width, float *acc, const float (*p)[MAX_PAGE], const float *v,
-                  const float *fade, int64_t keys, int64_t dim) {
-    vec sums[COLS][2];
+/* acc[c] = acc[c] * fade[c] + p[c] . v for `cols` queries, `keys` rows of v and `width` vectors of a row, while the
+   same number of vectors from `next` on come into the cache. */
+INLINE void weigh_block(const int cols, const int width, float *acc, const float (*p)[MAX_PAGE], const float *v,
+                        const float *fade, int64_t keys, int64_t dim, const float *next) {
+    vec sums[DOT_COLS][2];
     UNROLL for (int c = 0; c < cols; c++)
         UNROLL for (int i = 0; i < width; i++) sums[c][i] = load(acc + c * dim + i * LANES) * fade[c];
-    for (int64_t t = 0; t < keys; t++)
+    for (int64_t t = 0; t < keys; t++) {
+        __builtin_prefetch(next + t * width * LANES);
         UNROLL for (int i = 0; i < width; i++) {
             vec value = load(v + t * dim + i * LANES);
             KEEP(value);
             UNROLL for (int c = 0; c < cols; c++) sums[c][i] += value * p[c][t];
         }
+    }
     UNROLL for (int c = 0; c < cols; c++)
-        UNROLL for (int i = 0; i < width; i++) *(vec *)(acc + c * dim + i * LANES) = sums[c][i];
+        UNROLL for (int i = 0; i < width; i++) store(acc + c * dim + i * LANES, sums[c][i]);
 }
 
-INLINE void weigh_all(const int cols, float *acc, const float (*p)[MAX_PAGE], const float *v, const float *fade,
-                      int64_t keys, int64_t dim) {
+/* The same for whole rows of v, dim floats. */
+INLINE void weigh(const int cols, float *acc, const float (*p)[MAX_PAGE], const float *v, const float *fade,
+                  int64_t keys, int64_t dim, const float *next) {
     int64_t d = 0;
-    for (; d + 2 * LANES <= dim; d += 2 * LANES) weigh(cols, 2, acc + d, p, v + d, fade, keys, dim);
-    if (d < dim) weigh(cols, 1, acc + d, p, v + d, fade, keys, dim);
+    for (; d + 2 * LANES <= dim; d += 2 * LANES)
+        weigh_block(cols, 2, acc + d, p, v + d, fade, keys, dim, next + d * keys);
+    if (d < dim) weigh_block(cols, 1, acc + d, p, v + d, fade, keys, dim, next + d * keys);
+}
+
+/* scores[t][r] = k[t] . query[r] for `keys` rows of k. The queries lie in rows, and v comes into the cache; or, when
+   they are many, in panels. */
+INLINE void score(float (*scores)[QUERIES], const float *query, int64_t count, int wide, const float *k, const float *v,
+                  int64_t keys, int64_t dim) {
+    int height = wide ? PANEL_ROWS : DOT_ROWS;
+    for (int64_t t = 0; t < keys; t += height) {
+        const float *ks[PANEL_ROWS], *next[2] = {v + t * dim, v + (t + 2) * dim};
+        for (int r = 0; r < height; r++) ks[r] = k + min(t + r, keys - 1) * dim;
+        if (wide)
+            panels(ks, query, count, dim, scores[t], QUERIES, 0);
+        else
+            dots(ks, query, count, dim, scores[t], QUERIES, next);
+    }
 }
 
 /* Queries of one KV head: `tokens` of them from position `first` on, `group` heads a token, and their keys page by page
-   with the softmax carried along (arXiv 1805.02867). q, out: rows of one token `stride` apart; window: keys seen. */
+   with the softmax carried along (arXiv 1805.02867). q, out: tokens are `stride` apart; window: keys a query sees. */
 static void attend(float *out, const float *q, int64_t stride, const float *k_cache, const float *v_cache,
                    const int32_t *pages, int64_t first, int64_t tokens, int64_t window, int64_t head, int64_t hkv,
                    int64_t group, int64_t dim, int64_t page, float scale) {
-    float query[QUERY_ROWS * MAX_DIM], acc[QUERY_ROWS * MAX_DIM], p[QUERY_ROWS][MAX_PAGE], scores[MAX_PAGE][QUERY_ROWS];
-    float best[QUERY_ROWS], total[QUERY_ROWS], fade[QUERY_ROWS];
-    int64_t count = tokens * group, width = group * dim, end = first + tokens;
-    for (int64_t i = 0; i < tokens; i++)
-        for (int64_t d = 0; d < width; d++) query[i * width + d] = q[i * stride + d] * scale;
+    float rows[QUERIES * MAX_DIM], packed[QUERIES * MAX_DIM], acc[QUERIES * MAX_DIM], p[QUERIES][MAX_PAGE];
+    float scores[MAX_PAGE + PANEL_ROWS][QUERIES], best[QUERIES], total[QUERIES], fade[QUERIES];
+    int64_t count = tokens * group, end = first + tokens;
+    int wide = QUERIES % PANEL == 0 && in_panels(count);
+    for (int64_t r = 0; r < count; r++) {
+        const float *from = q + r / group * stride + r % group * dim;
+        for (int64_t d = 0; d < dim; d++) rows[r * dim + d] = from[d] * scale;
+        best[r] = -INFINITY, total[r] = 0.0f;
+    }
+    if (wide)
+        for (int64_t r = 0; r < count; r += PANEL) pack(packed + r * dim, rows + r * dim, 0, 0.0f, count - r, dim);
     memset(acc, 0, (size_t)(count * dim) * sizeof(float));
-    for (int64_t r = 0; r < count; r++) best[r] = -INFINITY, total[r] = 0.0f;
     for (int64_t at = first >= window ? first - window + 1 : 0, keys; at < end; at += keys) {
-        keys = page - at % page < end - at ? page - at % page : end - at;
+        keys = min(page - at % page, end - at);
         int64_t base = ((pages[at / page] * hkv + head) * page + at % page) * dim;
-        for (int64_t t = 0; t < keys; t += ROWS) {
-            const float *ks[ROWS], *v = v_cache + base + t * dim, *next[2] = {v, v + 2 * dim};
-            for (int64_t r = 0; r < ROWS; r++) ks[r] = k_cache + base + (t + r < keys ? t + r : keys - 1) * dim;
-            rows(ks, query, count, dim, scores[t], QUERY_ROWS, next);
-        }
-        for (int64_t r = 0; r < count; r++) { /* this row sees the page's keys from..., to... */
-            int64_t last = first + r / group - at, from = last >= window ? last - window + 1 : 0;
-            int64_t to = last + 1 < keys ? last + 1 : keys;
+        const float *v = v_cache + base, *next = k_cache + base;
+        if (at + keys < end) next = k_cache + (pages[at / page + 1] * hkv + head) * page * dim;
+        score(scores, wide ? packed : rows, count, wide, k_cache + base, v, keys, dim);
+        for (int64_t r = 0; r < count; r++) { /* of this page, row r sees the keys from ... to - 1 */
+            int64_t last = first + r / group - at, to = min(last + 1, keys);
+            int64_t from = last >= window ? last - window + 1 : 0;
             float most = best[r], sum = 0.0f;
             memset(p[r], 0, (size_t)keys * sizeof(float));
             fade[r] = 1.0f;
@@ -251,20 +350,22 @@ static void attend(float *out, const float *q, int64_t stride, const float *k_ca
             best[r] = most;
         }
         int64_t r = 0;
-        for (; r + COLS <= count; r += COLS) weigh_all(COLS, acc + r * dim, p + r, v_cache + base, fade + r, keys, dim);
-        if (count - r == 1) weigh_all(1, acc + r * dim, p + r, v_cache + base, fade + r, keys, dim);
-        if (count - r == 2) weigh_all(2, acc + r * dim, p + r, v_cache + base, fade + r, keys, dim);
+        for (; r + DOT_COLS <= count; r += DOT_COLS)
+            weigh(DOT_COLS, acc + r * dim, p + r, v, fade + r, keys, dim, next);
+        if (count - r == 1) weigh(1, acc + r * dim, p + r, v, fade + r, keys, dim, next);
+        if (count - r == 2) weigh(2, acc + r * dim, p + r, v, fade + r, keys, dim, next);
     }
-    for (int64_t i = 0; i < tokens; i++)
-        for (int64_t d = 0; d < width; d++) out[i * stride + d] = acc[i * width + d] / total[i * group + d / dim];
+    for (int64_t r = 0; r < count; r++)
+        for (int64_t d = 0; d < dim; d++)
+            out[r / group * stride + r % group * dim + d] = acc[r * dim + d] / total[r];
 }
 
-/* The queries of n sequences, each the last of its keys, over their pages. q, out: [tokens, hq, dim]; query_start [n + 1]:
+/* The queries of n sequences, the last of their keys, over their pages. q, out: [tokens, hq, dim]; query_start [n + 1]:
    rows of q; lens [n]: keys of a sequence; table: [n, width] blocks; window: keys a query sees, itself included. */
 void attention(float *out, const float *q, const float *k_cache, const float *v_cache, const int32_t *table,
                const int32_t *query_start, const int32_t *lens, int64_t n, int64_t width, int64_t hq, int64_t hkv,
                int64_t dim, int64_t page, float scale, int64_t window) {
-    int64_t group = hq / hkv, tile = QUERY_ROWS / group, taken = 0;
+    int64_t group = hq / hkv, tile = QUERIES / group, taken = 0;
 #pragma omp parallel
     {
         int64_t at = 0, mine; /* all threads count the tasks, each runs those that it draws */
@@ -274,10 +375,9 @@ void attention(float *out, const float *q, const float *k_cache, const float *v_
             for (int64_t t = query_start[i]; t < query_start[i + 1]; t += tile)
                 for (int64_t head = 0; head < hkv; head++, at++) {
                     if (at != mine) continue;
-                    int64_t tokens = query_start[i + 1] - t < tile ? query_start[i + 1] - t : tile;
-                    int64_t own = (t * hq + head * group) * dim;
-                    attend(out + own, q + own, hq * dim, k_cache, v_cache, table + i * width,
-                           lens[i] - (query_start[i + 1] - t), tokens, window, head, hkv, group, dim, page, scale);
+                    int64_t left = query_start[i + 1] - t, own = (t * hq + head * group) * dim;
+                    attend(out + own, q + own, hq * dim, k_cache, v_cache, table + i * width, lens[i] - left,
+                           min(left, tile), window, head, hkv, group, dim, page, scale);
 #pragma omp atomic capture
                     mine = taken++;
                 }

@@ -22,16 +22,17 @@ from pathlib import Path
 
 import torch
 
-from nanovllm.kernels import reference
 from nanovllm.kernels.jit import interpreting
 
 logger = logging.getLogger(__name__)
 
-MAX_ROWS = 128  # of x, up to which `linear` is faster than a BLAS; measured on two AVX2 cores, K = 576 and 1536
-MAX_GROUP, MAX_DIM, MAX_TILE = 48, 256, 126  # QUERY_ROWS, MAX_DIM and MAX_TILE of native.c; pages hold 64 at most
+MAX_GROUP, MAX_DIM, MAX_TILE, PADDING = 48, 256, 128, 31  # QUERIES, MAX_DIM, MAX_TILE, PANEL - 1 of native.c, at most
 _ALL_KEYS = 2**31  # as a window
 _SOURCE = Path(__file__).with_name("native.c")
-_FLAGS = ("-O2", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-std=gnu11")
+_FLAGS = (
+    "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC",
+    "-std=gnu11",
+)  # fmt: skip
 _TIMEOUT_S = 120.0
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
 _SIGNATURES = {
@@ -109,17 +110,20 @@ def _cpu() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
 
 
-def why_not() -> list[str]:
-    """Reasons why these kernels cannot run in this process; [] means that they can. Compiles when first asked."""
+@functools.cache
+def why_not() -> tuple[str, ...]:
+    """Reasons why these kernels cannot run in this process; () means that they can. Compiles when first asked."""
     if interpreting():
-        return ["Triton's interpreter takes their place (TRITON_INTERPRET=1)"]
+        return ("Triton's interpreter takes their place (TRITON_INTERPRET=1)",)
     loaded = _load()
-    return [loaded] if isinstance(loaded, str) else []
+    return (loaded,) if isinstance(loaded, str) else ()
 
 
-def unfit_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> list[str]:
-    """Reasons why the attention functions cannot take heads of this number and size."""
-    reasons = []
+def why_not_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> list[str]:
+    """`why_not`, and why attention cannot take heads of this number and size."""
+    reasons = list(why_not())
+    if reasons:
+        return reasons
     if head_dim % library().lanes() or head_dim > MAX_DIM:
         reasons.append(f"head_dim must be a multiple of {library().lanes()} up to {MAX_DIM}, got {head_dim}")
     if num_heads > MAX_GROUP * num_kv_heads:
@@ -129,7 +133,7 @@ def unfit_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> list[str]:
 
 def runs(x: torch.Tensor) -> bool:
     """Whether operations on `x` run here: float32 on the CPU, where there is a compiler."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and not why_not()
+    return x.dtype is torch.float32 and x.is_cpu and not why_not()
 
 
 def library() -> ctypes.CDLL:
@@ -155,14 +159,9 @@ def linear(
     """linear(x, weight, bias), after an RMSNorm if there is a norm_weight [K], before a SwiGLU if asked for.
 
     x: [..., K]; weight: [N, K], for swiglu [2 N, K], gate rows first; bias: one element a row of weight.
-    All float32 on the CPU, weight contiguous. Returns [..., N]. More than MAX_ROWS rows go to PyTorch's BLAS.
+    All float32 on the CPU, weight contiguous. Returns [..., N].
     """
-    n, k = weight.shape[0] // (2 if swiglu else 1), weight.shape[1]
-    if x.numel() > MAX_ROWS * k:
-        if norm_weight is None and not swiglu:
-            return torch.nn.functional.linear(x, weight, bias)
-        return reference.rms_norm_linear(x, weight, norm_weight, eps, bias, None, "swiglu" if swiglu else None)
-    y = x.new_empty((*x.shape[:-1], n))
+    y = x.new_empty((*x.shape[:-1], weight.shape[0] // (2 if swiglu else 1)))
     _linear(y, x.contiguous(), weight, bias, norm_weight, eps, swiglu, add=False)
     return y
 
@@ -171,8 +170,6 @@ def linear_residual_(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
 ) -> torch.Tensor:
     """residual [M, N] += linear(x [M, K], weight [N, K], bias [N]), in place; returns it. As in `linear`."""
-    if x.shape[0] > MAX_ROWS:
-        return (residual if bias is None else residual.add_(bias)).addmm_(x, weight.t())
     _linear(residual, x.contiguous(), weight, bias, None, 0.0, False, add=True)
     return residual
 
@@ -183,10 +180,9 @@ def _linear(
 ) -> None:  # fmt: skip
     k = weight.shape[1]
     m, n = x.numel() // k, y.shape[-1]
-    scratch = None if norm_weight is None else x.new_empty(min(m, MAX_TILE) * k)
+    scratch = x.new_empty(min(m + PADDING, MAX_TILE) * k)
     library().linear(
-        y.data_ptr(), x.data_ptr(), weight.data_ptr(), _address(norm_weight), eps, _address(bias), _address(scratch),
-        m, n, k, swiglu, add,
+        y.data_ptr(), x.data_ptr(), weight.data_ptr(), _address(norm_weight), eps, _address(bias), scratch.data_ptr(), m, n, k, swiglu, add,
     )  # fmt: skip
 
 

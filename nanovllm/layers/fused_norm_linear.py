@@ -74,4 +74,4 @@ def _why_not_native(spec: AttentionSpec, world_size: int) -> list[str]:
         reasons.append(f"on a CPU its kernels compute in float32, the engine in {dtype_name(spec.dtype)}")
     if world_size > 1:
         reasons.append(f"its kernels do not meet other ranks, and tensor_parallel_size is {world_size}")
-    return reasons + (native.why_not() or native.unfit_heads(spec.num_heads, spec.num_kv_heads, spec.head_dim))
+    return reasons + native.why_not_heads(spec.num_heads, spec.num_kv_heads, spec.head_dim)

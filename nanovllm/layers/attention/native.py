@@ -23,7 +23,7 @@ class NativeBackend(AttentionBackend):
             reasons.append(f"it is for the CPU, the engine runs on {spec.device.type}")
         if spec.dtype != torch.float32:
             reasons.append(f"it computes in float32, the engine in {str(spec.dtype).removeprefix('torch.')}")
-        return reasons + (native.why_not() or native.unfit_heads(spec.num_heads, spec.num_kv_heads, spec.head_dim))
+        return reasons + native.why_not_heads(spec.num_heads, spec.num_kv_heads, spec.head_dim)
 
     def forward(
         self,
