@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kernel_checks import Paged, attention_truth, judge, norm_weight, tiers
 from test_kernels_rows import torch_rope, truth_rope
 
 from nanovllm.kernels.decode_attention import decode_attention
 from nanovllm.kernels.launch_config import DecodeConfig
+from nanovllm.kernels.merge_linear import SplitOutput, merge_linear_
 from nanovllm.kernels.rope import qk_norm_rope_store
 from nanovllm.kernels.rope_attention import rope_attention
 
@@ -51,10 +53,10 @@ class Case:
         position = self.contexts[i] - 1
         return int(self.paged.block_table[i, position // self.page]), position % self.page
 
-    def run(self, config: DecodeConfig | None = None, arrived: torch.Tensor | None = None) -> torch.Tensor:
+    def run(self, config: DecodeConfig | None = None, merge: bool = True) -> torch.Tensor:
         return rope_attention(
             self.qkv, *self.weights, EPS, self.table, self.paged.k_cache, self.paged.v_cache, self.paged.block_table,
-            self.paged.context_lens, self.scale, self.window, config=config, arrived=arrived,
+            self.paged.context_lens, self.scale, self.window, config=config, merge=merge,
         )  # fmt: skip
 
     def expected(self, dtype: torch.dtype | None) -> torch.Tensor:
@@ -103,11 +105,9 @@ def test_splits_and_append(device: str, dtype: torch.dtype, case: tuple, max_spl
     """Every number of splits agrees; what lands in the cache is what the unfused kernels store, and nothing else."""
     made = Case(device, dtype, *case)
     k_cache, v_cache = made.paged.k_cache.clone(), made.paged.v_cache.clone()
-    kv_heads, page = case[2], case[4]
+    page = case[4]
     config = DecodeConfig(16, max_splits, 16, num_warps=4, num_stages=2)
-    arrived = torch.zeros(len(made.contexts) * kv_heads, dtype=torch.int32, device=device)
-    first = made.run(config, arrived)
-    assert not arrived.any(), "counters must be left as zeros"
+    first = made.run(config)
     judge(first, made.expected(None), made.expected(dtype))
     slots = [s[0] * page + s[1] if c else -1 for c, s in ((c, made.slot(i)) for i, c in enumerate(made.contexts))]
     positions = (made.paged.context_lens.long() - 1).clamp(min=0)
@@ -115,13 +115,38 @@ def test_splits_and_append(device: str, dtype: torch.dtype, case: tuple, max_spl
     q = qk_norm_rope_store(made.qkv, *made.weights, EPS, made.table, positions, k_cache, v_cache, slot_mapping)
     torch.testing.assert_close(made.paged.k_cache, k_cache, rtol=1e-6, atol=1e-6, equal_nan=True)
     assert torch.equal(made.paged.v_cache.nan_to_num(7.0), v_cache.nan_to_num(7.0))
-    again = made.run(config, arrived)  # the newest slot may be written twice
+    again = made.run(config)  # the newest slot may be written twice
     assert torch.equal(first, again)
     unfused = decode_attention(
         q, k_cache, v_cache, made.paged.block_table, made.paged.context_lens, made.scale, made.window
     )
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(first, unfused.flatten(1), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("context", [1, 33, 70, 128])
+@pytest.mark.parametrize("with_bias", [True, False])
+@tiers(small=[(4, 2, 64, None), (3, 1, 80, 50)], large=[(16, 8, 128, None), (32, 8, 64, 100)])
+def test_splits_merged_by_the_output_projection(
+    device: str, dtype: torch.dtype, case: tuple, with_bias: bool, context: int
+) -> None:
+    """The same as merging first and multiplying then; also where only some of the splits are in use."""
+    q_heads, kv_heads, dim, window = case
+    made = Case(device, dtype, [context], q_heads, kv_heads, dim, 8, window, True)
+    weight = (torch.randn(20, q_heads * dim) / dim).to(dtype).to(device)
+    bias = torch.randn(20).to(dtype).to(device) if with_bias else None
+    residual = torch.randn(1, 20).to(dtype).to(device)
+    config = DecodeConfig(32, 4, 32, num_warps=2, num_stages=1)
+    splits = made.run(config, merge=False)
+    assert isinstance(splits, SplitOutput)
+    y = merge_linear_(splits, weight, residual.clone(), bias=bias)
+    truth, same = (
+        F.linear(made.expected(kind).to(kind), weight.to("cpu", kind), None if bias is None else bias.to("cpu", kind))
+        + residual.to("cpu", kind)
+        for kind in (torch.float64, dtype)
+    )
+    judge(y, truth, same)
+    assert made.run(config).shape == (1, q_heads * dim), "merged when nobody says otherwise"
 
 
 def test_bad_arguments() -> None:

@@ -186,3 +186,8 @@ def rope_attention(
 def feed_tokens_(ids: torch.Tensor, sampled: torch.Tensor) -> None:
     """ids [T] int64, in place: every id -1 - r becomes sampled[r]."""
     ids.copy_(torch.where(ids < 0, sampled[(-1 - ids).clamp(min=0)], ids))
+
+
+def embed_fed(ids: torch.Tensor, sampled: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Rows of table [vocab, width] at the tokens that ids [T] int64 stand for: -1 - r for sampled[r]."""
+    return table[torch.where(ids < 0, sampled[(-1 - ids).clamp(min=0)], ids)]

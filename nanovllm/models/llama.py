@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from nanovllm.config import ModelConfig
+from nanovllm.kernels.merge_linear import SplitOutput
 from nanovllm.kernels.rope import qk_norm_rope_store
 from nanovllm.kernels.rope_attention import rope_attention
 from nanovllm.layers.activation import SiluAndMul
@@ -64,8 +65,7 @@ class LlamaAttention(nn.Module):
         table: torch.Tensor,
         cache: tuple[torch.Tensor, torch.Tensor],
         batch: ForwardBatch,
-        arrived: torch.Tensor,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | SplitOutput:
         """The fused twin of everything between the projections: qkv [B, …] -> [B, Hq * D], one token a sequence."""
         return rope_attention(
             qkv,
@@ -79,7 +79,7 @@ class LlamaAttention(nn.Module):
             self.scale,
             self.window,
             batch.attention.max_context_len,
-            arrived=arrived,
+            merge=False,
         )
 
 
@@ -133,11 +133,10 @@ class LlamaDecoderLayer(nn.Module):
         table: torch.Tensor,
         cache: tuple[torch.Tensor, torch.Tensor],
         batch: ForwardBatch,
-        arrived: torch.Tensor,
     ) -> torch.Tensor:
-        """The layer in five kernels: x [B, hidden], the residual stream, is read and written in place."""
+        """The layer in five kernels, six for long contexts; x [B, hidden], the residual stream, is updated in place."""
         qkv = norm_linear(x, self.input_layernorm, self.self_attn.qkv_proj)
-        out = self.self_attn.decode(qkv, table, cache, batch, arrived)
+        out = self.self_attn.decode(qkv, table, cache, batch)
         x = linear_residual_(out, self.self_attn.o_proj, x)
         inner = norm_linear(x, self.post_attention_layernorm, self.mlp.gate_up_proj, swiglu=True)
         return linear_residual_(inner, self.mlp.down_proj, x)
@@ -168,11 +167,10 @@ class LlamaModel(nn.Module):
 
     def decode(self, batch: ForwardBatch, caches: KVCaches) -> torch.Tensor:
         """One token a sequence through the fused layers: the residual stream [B, hidden], before the final norm."""
-        x = self.embed_tokens(batch.input_ids)
-        arrived = torch.zeros(x.shape[0] * caches[0][0].shape[1], dtype=torch.int32, device=x.device)
+        x = self.embed_tokens.fed(batch.input_ids, batch.sampled)
         layers = cast("Iterable[LlamaDecoderLayer]", self.layers)
         for layer, cache in zip(layers, caches, strict=True):
-            x = layer.decode(x, self.rotary.table, cache, batch, arrived)
+            x = layer.decode(x, self.rotary.table, cache, batch)
         return x
 
 
