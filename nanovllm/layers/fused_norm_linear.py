@@ -23,8 +23,10 @@ from nanovllm.layers.attention.triton_paged import TritonBackend
 from nanovllm.layers.embedding import VocabParallelEmbedding
 from nanovllm.layers.linear import LinearBase, RowParallelLinear
 from nanovllm.layers.norm import RMSNorm
+from nanovllm.utils import nvtx
 
 
+@nvtx.ranged(2)
 def norm_linear(
     x: torch.Tensor, norm: RMSNorm, linear: LinearBase | VocabParallelEmbedding, *, swiglu: bool = False
 ) -> torch.Tensor:
@@ -40,6 +42,7 @@ def norm_linear(
     return launch(problem, config, x, weight, norm.weight, norm.eps, bias, None)
 
 
+@nvtx.ranged(1)
 def linear_residual_(x: torch.Tensor, linear: RowParallelLinear, residual: torch.Tensor) -> torch.Tensor:
     """residual [B, N] += linear(x [B, K]), in place; returns it."""
     config = linear_config(_problem(x, linear.weight, False), gpu_of(x.device)) if use_triton(x) else UNFUSED
