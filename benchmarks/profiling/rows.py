@@ -25,7 +25,8 @@ def profile_rows(profile: Profile) -> list[Record]:
     steps = f", steps {case.warm} to {case.warm + case.steps}" if case.name == "workload" else ""
     shared = dict(
         version=f.version, model=f.model, device=f.device, dtype=f.dtype, weights="random", batch=str(case.batch),
-        prompt=prompt, out=out, date=f.date, commit=f.commit, torch=f.torch, triton=f.triton, note=profile.source + steps,
+        prompt=prompt, out=out, date=f.date, commit=f.commit, torch=f.torch, triton=f.triton,
+        note=profile.source + steps,
     )  # fmt: skip
 
     def row(metric: str, value: float, what: str = "") -> Record:
