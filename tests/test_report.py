@@ -19,7 +19,6 @@ from reporting.series import gpus, lines, slug
 from reporting.tables import number, tables
 
 from nanovllm.profiling.distil import Profile, distil
-from nanovllm.profiling.trace import read_trace
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = "NVIDIA H100 80GB HBM3"
@@ -33,7 +32,8 @@ def record(**fields: object) -> Record:
 def profiled(tmp_path: Path, fused: bool) -> Profile:
     parts = synthetic.schedule(synthetic.step_kernels(fused, 28), 4, 0.5, host=9.0)
     path = synthetic.write_nsys(tmp_path / f"{fused}.sqlite", parts)
-    return distil(read_trace(path), synthetic.facts("auto" if fused else "off", device=GPU))
+    facts = synthetic.facts("auto" if fused else "off", device=GPU, date="2026-01-02", commit="abc")
+    return distil(synthetic.recording(path, facts))
 
 
 # -------------------------------------------------------------------------------------------------- the real documents
@@ -155,7 +155,7 @@ def test_every_plot_is_drawn_and_stale_ones_go(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [*read(METRICS), record(value=2.0, engine="vllm", version="1", model="Qwen3-0.6B", dtype="bfloat16")]
     for fused in (False, True):
-        rows += profile_rows(profiled(tmp_path, fused), date="2026-01-02", commit="abc")
+        rows += profile_rows(profiled(tmp_path, fused))
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "stale.png").write_bytes(b"")
     written = report.draw([r for r in rows if r.device == GPU], tmp_path / "plots")
@@ -167,7 +167,7 @@ def test_every_plot_is_drawn_and_stale_ones_go(tmp_path: Path) -> None:
 
 def test_profile_rows_add_up_to_the_step(tmp_path: Path) -> None:
     profile = profiled(tmp_path, True)
-    rows = profile_rows(profile, date="2026-01-02", commit="abc")
+    rows = profile_rows(profile)
     assert len({r.key for r in rows}) == len(rows)
     parts = sum(r.value for r in rows if "role=" in r.options)
     assert parts == pytest.approx(profile.mean_period_us)

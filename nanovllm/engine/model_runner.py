@@ -86,7 +86,7 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and not config.enforce_eager and self.loaded.backend.graph_safe:
             sizes = graph_sizes(config.max_num_seqs)
-            self.graphs = DecodeGraphs(self._decode_and_sample, sizes, self.max_model_len, self.loaded.fused_rows)
+            self.graphs = DecodeGraphs(self.decode_and_sample, sizes, self.max_model_len, self.loaded.fused_rows)
             with torch.inference_mode():
                 self.graphs.capture(config.show_progress)
 
@@ -226,7 +226,7 @@ class ModelRunner:
         self.inputs.sampled(len(rows)).copy_(result.token_ids)
         return result
 
-    def _decode_and_sample(self, size: int, max_context: int) -> torch.Tensor:
+    def decode_and_sample(self, size: int, max_context: int) -> torch.Tensor:
         """What a graph records: from the token ids of the step before to those of this one. Returns the logits."""
         logits = self._forward_decode(size, self.inputs.decode_view(size, [max_context] * size))
         sample_rows(logits, self.sampling.view(size), sink=self.inputs.sink(size, self._host_tokens))

@@ -24,8 +24,10 @@ from nanovllm.layers.attention.triton_paged import TritonBackend
 from nanovllm.layers.embedding import VocabParallelEmbedding
 from nanovllm.layers.linear import LinearBase, RowParallelLinear
 from nanovllm.layers.norm import RMSNorm
+from nanovllm.utils import nvtx
 
 
+@nvtx.ranged(2)
 def norm_linear(
     x: torch.Tensor, norm: RMSNorm, linear: LinearBase | VocabParallelEmbedding, *, swiglu: bool = False
 ) -> torch.Tensor:
@@ -41,6 +43,7 @@ def norm_linear(
     return launch(problem, config, x, weight, norm.weight, norm.eps, bias, None)
 
 
+@nvtx.ranged(1)
 def linear_residual_(x: torch.Tensor | SplitOutput, linear: RowParallelLinear, residual: torch.Tensor) -> torch.Tensor:
     """residual [B, N] += linear(x [B, K]), in place; returns it. x may be what attention left unmerged."""
     if isinstance(x, SplitOutput):

@@ -46,19 +46,23 @@ class LlamaAttention(nn.Module):
         self, x: torch.Tensor, rope: RopeRows, cache: tuple[torch.Tensor, torch.Tensor], batch: ForwardBatch
     ) -> torch.Tensor:
         """x [T, hidden] -> [T, hidden]; stores this step's K and V in `cache` before attending to it."""
-        q = qk_norm_rope_store(
-            self.qkv_proj(x),
-            self.q_norm.weight if self.q_norm is not None else None,
-            self.k_norm.weight if self.k_norm is not None else None,
-            self.eps,
-            rope.table,
-            rope.rows,
-            *cache,
-            batch.attention.slot_mapping,
-        )
-        out = self.backend.forward(q, *cache, batch.attention, self.scale, self.window)
+        qkv = self.qkv_proj(x)
+        with nvtx.of(self, "rope"):
+            q = qk_norm_rope_store(
+                qkv,
+                self.q_norm.weight if self.q_norm is not None else None,
+                self.k_norm.weight if self.k_norm is not None else None,
+                self.eps,
+                rope.table,
+                rope.rows,
+                *cache,
+                batch.attention.slot_mapping,
+            )
+        with nvtx.of(self, "attention"):
+            out = self.backend.forward(q, *cache, batch.attention, self.scale, self.window)
         return self.o_proj(out.flatten(1))
 
+    @nvtx.ranged(0, "attention")
     def decode(
         self,
         qkv: torch.Tensor,
@@ -201,7 +205,8 @@ class LlamaForCausalLM(nn.Module):
     def decode(self, batch: ForwardBatch, caches: KVCaches) -> torch.Tensor:
         """Logits [B, vocab] of a decode step by the fused kernels; the same as `compute_logits(forward(…))`."""
         x = self.model.decode(batch, caches)
-        return norm_linear(x, self.model.norm, self.lm_head.table)[:, : self.config.vocab_size]
+        with nvtx.of(self.lm_head):  # a tied table by itself is called an embedding
+            return norm_linear(x, self.model.norm, self.lm_head.table)[:, : self.config.vocab_size]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [R, hidden] -> logits [R, vocab] in the model's dtype."""
