@@ -179,6 +179,12 @@ def test_hugging_face_answers_shorter_and_judges() -> None:
     assert log.count(("transformers auto", "judges")) == 2 and ("nanovllm auto", "judges") not in log
 
 
+def test_a_difference_that_is_noise_is_no_row() -> None:
+    engine, said = FakeEngine([], slow=-1), []
+    rows = bench(engine, said=said).measure(Decode(1, 128))
+    assert not rows_of(rows, "ms_per_token") and "took no longer for 256 tokens than for 64: noise" in said[0]
+
+
 # --------------------------------------------------------------------------------------------------------------- gates
 
 
@@ -429,7 +435,8 @@ def test_every_path_runs_on_the_cpu(tmp_path: Path) -> None:
     for cell in quick():
         if not isinstance(cell, Energy):
             found = [r for r in rows if (r.test, r.metric, r.batch) == (cell.test, cell.metric, str(cell.batch))]
-            assert len(found) == (2 if isinstance(cell, Workload) else 3), cell
+            noise = done.stderr.count(f"{cell.label}: ") if isinstance(cell, Decode) else 0  # a busy machine
+            assert len(found) + noise == (2 if isinstance(cell, Workload) else 3), cell
     assert {r.run for r in rows} == {rows[0].run} and all(r.weights == "random" for r in rows)
     assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
 

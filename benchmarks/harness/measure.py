@@ -79,6 +79,9 @@ class Bench:
         for engine, times in self._turns(run, engines, self.rounds):
             short, out = self._outs(cell, engine)
             step = percentiles([step for step, _ in times])
+            if step[0] <= 0:
+                self._refuse(f"{cell.label}: {engine.label} took no longer for {out} tokens than for {short}: noise")
+                continue
             context = cell.prompt + (out + short) / 2
             work = self.shape.decode(cell.batch, context, self._element_size(engine))
             row = self._row(cell, engine, out=str(out))
