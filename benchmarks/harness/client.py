@@ -104,7 +104,9 @@ class Process:
         self._log.close()
 
     def last_words(self) -> str:
-        """The last line of the engine's own output."""
+        """The last line of the output of an engine that ends."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(5)
         self._log.seek(0)
         lines = [line for line in self._log.read().splitlines() if line.strip()]
         return lines[-1].strip() if lines else f"status {self._child.poll()} and no word"

@@ -1,7 +1,7 @@
 """Published shapes of the models we measure: a config.json each, and seeded random weights that every engine can load.
 
 The numbers are those of the models' own config.json on the Hugging Face hub, the names of the tensors as well.
-`python benchmarks/harness/models.py NAME DIRECTORY` writes one model.
+`python benchmarks/harness/models.py NAME DIRECTORY DEVICE` writes one model.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def write_config(name: str, directory: Path) -> Path:
     return path
 
 
-def write_model(name: str, directory: Path) -> Path:
-    """The directory of `name` with its config.json and random bfloat16 weights, written once.
+def write_model(name: str, directory: Path, device: str = "cpu") -> Path:
+    """The directory of `name` with its config.json and random bfloat16 weights, drawn on `device` and written once.
 
-    OSError, one sentence, when it cannot be written; an interrupted write leaves nothing that looks like a model.
+    ValueError where there is no such device. OSError, one sentence, when it cannot be written; an interrupted write leaves nothing that looks like a model.
     """
     path = directory / name
     if (path / "model.safetensors").exists():
@@ -77,7 +77,7 @@ def write_model(name: str, directory: Path) -> Path:
         target = write_config(name, partial)
         _write_tokenizer(target)
         with (target / "model.safetensors").open("wb") as file:
-            _write_safetensors(file, dict(_tensors(config_of(name))))
+            _write_safetensors(file, dict(_tensors(config_of(name))), device)
         shutil.rmtree(path, ignore_errors=True)
         os.replace(target, path)
     except OSError as error:
@@ -116,12 +116,13 @@ def _tensors(config: dict[str, Any]) -> Iterator[tuple[str, list[int]]]:
         yield "lm_head.weight", [config["vocab_size"], hidden]
 
 
-def _write_safetensors(file: BinaryIO, shapes: dict[str, list[int]], seed: int = 0) -> None:
+def _write_safetensors(file: BinaryIO, shapes: dict[str, list[int]], device: str, seed: int = 0) -> None:
     """Matrices N(0, 0.02²), norms 1 + N(0, 0.1²): activations stay finite and a dropped norm shows. One tensor at a
     time in memory."""
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("PyTorch finds no CUDA GPU: run this where there is one, or give --device cpu")
     generator = torch.Generator(device).manual_seed(seed)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -139,6 +140,6 @@ def _write_safetensors(file: BinaryIO, shapes: dict[str, list[int]], seed: int =
 
 if __name__ == "__main__":
     try:
-        print(write_model(sys.argv[1], Path(sys.argv[2])))
-    except OSError as error:
+        print(write_model(sys.argv[1], Path(sys.argv[2]), sys.argv[3]))
+    except (OSError, ValueError) as error:
         sys.exit(str(error))

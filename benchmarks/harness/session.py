@@ -171,9 +171,10 @@ def find_model(plan: Plan, model: str, say: Callable[[str], None]) -> tuple[Path
     if not (plan.models / model / "model.safetensors").exists():
         say(f"writing random weights of {model} to {plan.models}")
         script = Path(__file__).with_name("models.py")
-        child = subprocess.run([sys.executable, script, model, plan.models], capture_output=True, text=True)
+        command = [sys.executable, script, model, plan.models, plan.device]
+        child = subprocess.run(command, capture_output=True, text=True)
         if child.returncode:
-            raise OSError((child.stderr.strip().splitlines() or ["the weights could not be written"])[-1])
+            raise ValueError((child.stderr.strip().splitlines() or ["the weights could not be written"])[-1])
     return plan.models / model, "random"
 
 
