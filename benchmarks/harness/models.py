@@ -67,7 +67,8 @@ def write_config(name: str, directory: Path) -> Path:
 def write_model(name: str, directory: Path, device: str = "cpu") -> Path:
     """The directory of `name` with its config.json and random bfloat16 weights, drawn on `device` and written once.
 
-    ValueError where there is no such device. OSError, one sentence, when it cannot be written; an interrupted write leaves nothing that looks like a model.
+    ValueError where there is no such device. OSError, one sentence, when it cannot be written; an interrupted write
+    leaves nothing that looks like a model.
     """
     path = directory / name
     if (path / "model.safetensors").exists():
