@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-cpu test-interpret gpu-test report venv venv-dev clean
+.PHONY: help demo test lint format test-cpu test-interpret gpu-test bench report venv venv-dev clean
 
 export MAKE_GOAL := $(firstword $(MAKECMDGOALS))
 ifdef PYTHON
@@ -17,6 +17,7 @@ BIN := .venv/bin
 GPU_PYTHON ?= $(BIN)/python
 export QUESTION ?= What is the capital of France?
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -42,6 +43,9 @@ test-interpret: venv-dev ## Triton's interpreter runs the kernels on the CPU
 gpu-test: ## the gpu tier, in the environment of GPU_PYTHON
 	@$(GPU_PYTHON) -c 'import torch; raise SystemExit(0 if torch.cuda.is_available() else "error: $(GPU_PYTHON) sees no CUDA GPU; run this where there is one, with GPU_PYTHON=python of an environment that has a CUDA build of torch")'
 	$(GPU_PYTHON) -m pytest -m gpu --require-gpu $(PYTEST_ARGS)
+
+bench: ## the benchmark suite on a CUDA machine, in the environment of GPU_PYTHON (BENCH_ARGS adds options)
+	$(GPU_PYTHON) benchmarks/suite.py $(BENCH_ARGS)
 
 report: venv-dev ## plots, tables and the numbers in documents, from benchmarks/bench_results/metrics.csv
 	@$(BIN)/python benchmarks/report.py

@@ -22,8 +22,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from harness.fusion_operator import BASELINES, Report, distinct, read_bandwidth
+from harness.fusion_operator import BASELINES, Report, distinct
 from harness.records import METRICS, provenance, write
+from harness.roofs import read_bandwidth
 
 from nanovllm.kernels.fusion_config import ELEMENT_SIZES, OPERATOR, TABLES
 from nanovllm.kernels.jit import gpu_of

@@ -215,6 +215,21 @@ def test_an_interrupt_between_rows_leaves_the_old_csv(tmp_path: Path) -> None:
     assert [r.batch for r in read(target)] == ["1"] and list(tmp_path.iterdir()) == [target]
 
 
+def test_rows_of_another_machine_are_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "rewrite", lambda records: [])
+    target, theirs = tmp_path / "metrics.csv", tmp_path / "theirs.csv"
+    monkeypatch.setattr(report, "write", lambda rows: write(rows, target))
+    monkeypatch.setattr(report, "read", lambda path=target: read(path))
+    write([record(), record(batch="2", value=2.0)], target)
+    write([record(batch="2", value=3.0), record(batch="4")], theirs)
+    assert report.main(["--merge", str(theirs)]) == 0
+    assert {r.batch: r.value for r in read(target)} == {"1": 1.4567, "2": 3.0, "4": 1.4567}
+    assert report.main(["--merge", str(tmp_path / "none.csv")]) == 1
+    assert "none.csv does not exist: nothing was merged" in capsys.readouterr().err
+
+
 def test_without_rows_the_report_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

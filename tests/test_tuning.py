@@ -37,8 +37,9 @@ from nanovllm.tuning import table
 from nanovllm.tuning.candidates import candidates, kernel_of
 from nanovllm.tuning.cases import SHAPES, Case, Shape, cases
 from nanovllm.tuning.compilers import Compilers
-from nanovllm.tuning.measure import Operands, Replay, Result, Variant, calls_for, measure, take_turns
+from nanovllm.tuning.measure import Operands, Replay, Result, Variant, calls_for, measure
 from nanovllm.tuning.search import plan, search
+from nanovllm.tuning.turns import take_turns
 
 CONSUMER = Gpu(num_sms=82, shared_memory=99 * 1024)
 CPU = torch.device("cpu")

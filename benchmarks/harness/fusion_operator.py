@@ -17,7 +17,7 @@ from harness.records import Record
 from nanovllm import __version__
 from nanovllm.kernels import reference
 from nanovllm.tuning.cases import Case
-from nanovllm.tuning.measure import EPS, Operands, Result, Variant, capture
+from nanovllm.tuning.measure import EPS, Operands, Result, Variant
 from nanovllm.tuning.search import Extra
 
 FORMS = ("fused", "compiled", "unfused", "eager", "gemm")
@@ -63,22 +63,6 @@ def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     """Compiled for exactly the shapes it meets: the baseline at its best."""
     torch._dynamo.config.recompile_limit = 1000
     return torch.compile(function, dynamic=False)
-
-
-def read_bandwidth(device: torch.device, megabytes: int = 1024) -> float:
-    """Bytes a second of a reduction over memory that no cache holds: what reading weights could reach."""
-    data = torch.zeros(megabytes * 2**18, dtype=torch.float32, device=device)
-    graph = capture(lambda w: w.view(-1, 2**18).sum(1), [data], 4)
-    seconds = []
-    for _ in range(9):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        graph.replay()
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) * 1e-3 / 4)
-    return data.numel() * 4 / statistics.median(seconds)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ The timer is an argument: what decides between candidates is tested with one tha
 from __future__ import annotations
 
 import functools
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +21,7 @@ from nanovllm.kernels.fusion_config import UNFUSED, FusionConfig, Problem
 from nanovllm.kernels.launch_config import cdiv
 from nanovllm.kernels.rms_norm_linear_fusion import rms_norm_linear
 from nanovllm.tuning.cases import Case
+from nanovllm.tuning.turns import take_turns
 
 EPS = 1e-6
 MARGIN = 0.99  # a table takes a fused kernel that needs at most this share of the unfused time
@@ -179,24 +179,6 @@ def calls_for(problem: Problem, copies: int, replay_us: float) -> int:
     flops = 2 * problem.m * problem.weight_rows * problem.k
     estimate = max(2.0, problem.bytes_moved() / 3e6, flops / 4e8)
     return copies * max(1, round(replay_us / (copies * estimate)))
-
-
-def take_turns(replays: dict[str, Replay], rounds: int) -> dict[str, tuple[float, float, float]]:
-    """Median, 20th and 80th percentile of `rounds` turns, each going through all variants, back and forth.
-
-    One more turn goes before and does not count: it warms up.
-    """
-    turns: dict[str, list[float]] = {name: [] for name in replays}
-    for turn in range(rounds + 1):
-        for name in list(replays)[:: 1 if turn % 2 else -1]:
-            us = replays[name]()
-            if turn:
-                turns[name].append(us)
-    found = {}
-    for name, times in turns.items():
-        low, *_, high = statistics.quantiles(times, n=5)
-        found[name] = (statistics.median(times), low, high)
-    return found
 
 
 def measure(
