@@ -240,6 +240,10 @@ CASES: dict[str, list[Case]] = {
     },
     "norm._rms_norm_kernel": rows(rms_norm, (3, 100), (2, 1500)),
     "activation._silu_mul_kernel": rows(activation.silu_mul, (3, 200), (2, 2600)),
+    "activation._rms_silu_mul_kernel": [
+        *rows(lambda y: activation.rms_silu_mul(y, y[:, :100], 1e-6), (3, 200), (2, 2600)),
+        *rows(lambda y: activation.rms_silu_mul(y, y, 1e-6, y[0].clone()), (1, 1500)),
+    ],
     "kv_cache._store_kv_kernel": [Case(store_kv)],
     "rope._qk_norm_rope_store_kernel": [
         qk_norm_rope_store(5, 3, 1, 80, True), qk_norm_rope_store(100, 14, 2, 64, False),

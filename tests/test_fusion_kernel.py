@@ -129,6 +129,7 @@ SMALL = [
     Case((1,), 19, 100, "gamma swiglu", "panel/8/16/16/2"),
     Case((2, 5), 21, 130, ALL, "panel/16/16/32/4"),
     Case((7,), 20, 64, ALL, "unfused"),
+    Case((7,), 20, 64, "bias residual swiglu", "unfused"),  # gamma folded: 1 / rms in the activation's kernel
 ]
 LARGE = [
     Case((1,), 4096, 1024, "gamma"),
@@ -143,6 +144,8 @@ LARGE = [
     Case((64,), 1536, 2048, "gamma swiglu", "tile/64/128/64/8/3"),
     Case((64,), 256, 16384, ALL, "tile/32/64/128/4/4"),
     Case((300,), 1024, 1000, ALL),
+    Case((300,), 1024, 1000, "swiglu"),
+    Case((2, 150), 1024, 1000, "bias residual swiglu"),
 ]
 
 

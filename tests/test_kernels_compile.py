@@ -111,7 +111,8 @@ def test_row_kernels(compiled: list[str]) -> None:
     norm.rms_norm(x, weight, 1e-6)
     norm.add_rms_norm(x, x, weight, 1e-6)
     activation.silu_mul(x)
-    assert compiled == ["_rms_norm_kernel", "_rms_norm_kernel", "_silu_mul_kernel"]
+    activation.rms_silu_mul(x, x, 1e-6, weight)
+    assert compiled == ["_rms_norm_kernel", "_rms_norm_kernel", "_silu_mul_kernel", "_rms_silu_mul_kernel"]
 
 
 @h100

@@ -31,6 +31,12 @@ def silu_mul(x: torch.Tensor) -> torch.Tensor:
     return F.silu(gate).mul_(up)
 
 
+def rms_silu_mul(y: torch.Tensor, x: torch.Tensor, eps: float, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """silu(gate) * up for [gate | up] = y / rms(x) + bias, in float32. y: [..., 2I], x: [..., K] -> [..., I]."""
+    wide = y.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    return silu_mul(wide if bias is None else wide + bias.float()).to(y.dtype)
+
+
 def rms_norm_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
