@@ -136,6 +136,7 @@ def rows(call: Callable[..., object], *shapes: tuple[int, ...]) -> list[Case]:
 
 
 def rms_norm(x: torch.Tensor) -> None:
+    norm.rms_norm(x, None, 1e-6)
     norm.rms_norm(x, x[0].clone(), 1e-6)
     norm.add_rms_norm(x, x, x[0].clone(), 1e-6)
 

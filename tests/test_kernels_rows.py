@@ -21,15 +21,17 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def truth_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def truth_norm(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     x = x.double().cpu()
-    return x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight.double().cpu()
+    return x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * (1 if weight is None else weight.double().cpu())
 
 
-def torch_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def torch_norm(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     """The eager code of Hugging Face's models."""
     wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+    return (1 if weight is None else weight) * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(
+        x.dtype
+    )
 
 
 @tiers(small=[(1, 64), (3, 100), (2, 1024)], large=[(1, 576), (130, 1000), (33, 4096), (5, 8192)])
@@ -38,7 +40,8 @@ def test_rms_norm(device: str, dtype: torch.dtype, case: tuple[int, int]) -> Non
     x[-1] *= 1e-5  # so small that eps decides
     if case[0] > 2:
         x[1] = 0
-    judge(rms_norm(x, weight, EPS), truth_norm(x, weight), torch_norm(x, weight))
+    for gamma in (weight, None):
+        judge(rms_norm(x, gamma, EPS), truth_norm(x, gamma), torch_norm(x, gamma))
 
 
 @tiers(small=[(3, 100)], large=[(130, 1024), (7, 5120)])

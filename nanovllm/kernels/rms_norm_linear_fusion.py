@@ -228,11 +228,7 @@ def _unfused(
     if norm_weight is None and activation == "swiglu" and x.dtype != torch.float16:
         y = rms_silu_mul(F.linear(x, weight), x, eps, bias)
         return y if residual is None else y.add_(residual)
-    if norm_weight is None:
-        normed = F.rms_norm(x, (x.shape[-1],), eps=eps)
-    else:
-        normed = rms_norm(x, norm_weight, eps)
-    y = F.linear(normed, weight, bias)
+    y = F.linear(rms_norm(x, norm_weight, eps), weight, bias)
     if activation == "swiglu":
         y = silu_mul(y)
     return y if residual is None else y.add_(residual)
