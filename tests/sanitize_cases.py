@@ -88,7 +88,7 @@ def numbers(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
 # (configuration, rows, outputs, K): edges in every direction, and the shapes that PDL and its prefetch want.
 LINEARS = {
     "gemv_kernel": [("gemv/4/64/1", 1, 33, 100), ("gemv/4/64/2", 3, 21, 130), ("gemv/4/128/2/pdl", 2, 36, 256)],
-    "panel_kernel": [("panel/8/16/16/2", 5, 21, 100), ("panel/16/16/16/4/pdl", 11, 36, 128)],
+    "panel_kernel": [("panel/8/16/64/2", 5, 21, 100), ("panel/16/16/128/4/pdl", 11, 36, 128)],
     "tile_kernel": [
         ("tile/16/16/32/2/2", 5, 37, 129),
         ("tile/64/64/64/4/3", 70, 130, 192),
