@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from engine_lives import random_life
-from test_model_parity import teacher_forced
+from teacher_forcing import teacher_forced
 from tiny_models import CASES, reference_logits, save_model
 
 from nanovllm import LLM, SamplingParams

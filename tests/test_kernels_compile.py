@@ -109,9 +109,11 @@ h100 = pytest.mark.parametrize("compiled", ["h100"], indirect=True)
 def test_row_kernels(compiled: list[str]) -> None:
     x, weight = torch.zeros(4, 2048, dtype=BF16), torch.ones(2048, dtype=BF16)
     norm.rms_norm(x, weight, 1e-6)
+    norm.rms_norm(x, None, 1e-6)
     norm.add_rms_norm(x, x, weight, 1e-6)
     activation.silu_mul(x)
-    assert compiled == ["_rms_norm_kernel", "_rms_norm_kernel", "_silu_mul_kernel"]
+    activation.rms_silu_mul(x, x, 1e-6, weight)
+    assert compiled == 3 * ["_rms_norm_kernel"] + ["_silu_mul_kernel", "_rms_silu_mul_kernel"]
 
 
 @h100

@@ -43,7 +43,7 @@ import torch.nn.functional as F
 
 from nanovllm.kernels import reference
 from nanovllm.kernels import rms_norm_linear_kernels as kernels
-from nanovllm.kernels.activation import silu_mul
+from nanovllm.kernels.activation import rms_silu_mul, silu_mul
 from nanovllm.kernels.fusion_config import ELEMENT_SIZES, FusionConfig, Problem, choose
 from nanovllm.kernels.jit import gpu_of, triton_installed, use_triton
 from nanovllm.kernels.launch_config import cdiv
@@ -220,12 +220,15 @@ def _unfused(
     residual: torch.Tensor | None,
     activation: str | None,
 ) -> torch.Tensor:
-    """The parts one after the other, each the fastest there is: what the fused kernels have to beat."""
-    if norm_weight is None:
-        normed = F.rms_norm(x, (x.shape[-1],), eps=eps)
-    else:
-        normed = rms_norm(x, norm_weight, eps)
-    y = F.linear(normed, weight, bias)
+    """The parts one after the other, each the fastest there is: what the fused kernels have to beat.
+
+    With gamma folded into the weight and SwiGLU behind it, 1 / rms waits for the activation's kernel: no norm in front.
+    float16 cannot hold the product of a row that has not been normalised.
+    """
+    if norm_weight is None and activation == "swiglu" and x.dtype != torch.float16:
+        y = rms_silu_mul(F.linear(x, weight), x, eps, bias)
+        return y if residual is None else y.add_(residual)
+    y = F.linear(rms_norm(x, norm_weight, eps), weight, bias)
     if activation == "swiglu":
         y = silu_mul(y)
     return y if residual is None else y.add_(residual)

@@ -16,12 +16,16 @@ from nanovllm.kernels.launch_config import Gpu, cdiv, next_power_of_2
 
 MAX_PANEL_ROWS = 32
 MAX_TILE_ROWS = 64  # above, a few large tiles are tried, mostly to show that cuBLAS is better
+MAX_ROWS = 128  # above, nothing is tried: the product is bound by arithmetic, and large tiles lost at 128 (H200)
 FLIGHT = 32 * 1024  # bytes of weight per SM that a pipeline should keep on the way
 _LARGE_TILES = ((64, 128, 64, 4, 4), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4))
 
 
 def candidates(problem: Problem, gpu: Gpu, *, pdl: bool = False) -> list[FusionConfig]:
-    """Configurations to try for `problem`, all of which can run; `pdl` asks for dependent launches."""
+    """Configurations to try for `problem`, all of which can run; `pdl` asks for dependent launches.
+
+    None for more than MAX_ROWS rows.
+    """
     found: list[FusionConfig] = []
     if problem.m <= MAX_GEMV_ROWS:
         found += _gemvs(problem)
@@ -29,7 +33,7 @@ def candidates(problem: Problem, gpu: Gpu, *, pdl: bool = False) -> list[FusionC
         found += _panels(problem)
     if 2 <= problem.m <= MAX_TILE_ROWS:
         found += _tiles(problem, gpu)
-    elif problem.m > MAX_TILE_ROWS:
+    elif MAX_TILE_ROWS < problem.m <= MAX_ROWS:
         found += [FusionConfig("tile", *blocks) for blocks in _LARGE_TILES]
     if pdl:
         found = [dataclasses.replace(config, launch_pdl=True) for config in found]
