@@ -124,9 +124,20 @@ def test_splits_and_append(device: str, dtype: torch.dtype, case: tuple, max_spl
     torch.testing.assert_close(first, unfused.flatten(1), rtol=tolerance, atol=tolerance)
 
 
+MERGED = [
+    pytest.param("cpu", torch.float16, (4, 2, 64, None), marks=pytest.mark.interpret),
+    pytest.param("cpu", torch.float16, (3, 1, 80, 50), marks=pytest.mark.interpret),
+    *(
+        pytest.param("cuda", dtype, case, marks=pytest.mark.gpu)
+        for dtype in (torch.float16, torch.bfloat16)
+        for case in ((4, 2, 64, None), (3, 1, 80, 50), (16, 8, 128, None), (32, 8, 64, 100))
+    ),
+]
+
+
 @pytest.mark.parametrize("context", [1, 33, 70, 128])
 @pytest.mark.parametrize("with_bias", [True, False])
-@tiers(small=[(4, 2, 64, None), (3, 1, 80, 50)], large=[(16, 8, 128, None), (32, 8, 64, 100)])
+@pytest.mark.parametrize(("device", "dtype", "case"), MERGED)
 def test_splits_merged_by_the_output_projection(
     device: str, dtype: torch.dtype, case: tuple, with_bias: bool, context: int
 ) -> None:

@@ -23,8 +23,8 @@ from nanovllm.kernels.fusion_config import (
 from nanovllm.kernels.launch_config import Gpu
 
 MAX_CHAIN_ROWS = 16
-MAX_WEIGHT_BYTES = 20_000_000  # of two rows and more: above it cuBLAS comes closer to the memory's speed
 _EARLY_ROWS = 8  # above it x itself is large, and would travel behind the next kernel's weights
+_MANY_ROWS_BYTES = 80_000_000  # of more rows than that: above it cuBLAS comes closer to the memory's speed
 
 
 @functools.lru_cache(maxsize=1024)
@@ -36,9 +36,10 @@ def linear_config(problem: Problem, gpu: Gpu) -> FusionConfig:
     The next kernel starts at once, or above eight rows when x has been asked for: a layer of sixteen rows takes 30.1 us
     instead of 33.9 (of eight rows 29.7 instead of 26.4).
     """
+    weight_bytes = problem.weight_rows * problem.k * problem.element_size
     if problem.m == 1 or problem.element_size == 4:
         config = gemv_config(problem, gpu) if problem.m <= MAX_FLOAT32_ROWS else UNFUSED
-    elif problem.weight_rows * problem.k * problem.element_size > MAX_WEIGHT_BYTES and problem.k > 1024:
+    elif problem.m > _EARLY_ROWS and weight_bytes > _MANY_ROWS_BYTES and problem.k > 1024:
         config = UNFUSED
     else:
         config = panel_config(problem)

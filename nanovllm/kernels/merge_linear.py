@@ -54,8 +54,10 @@ def _merge_linear_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     WIDTH: tl.constexpr = WARPS * 256
     CHUNKS: tl.constexpr = (K + WIDTH - 1) // WIDTH
-    # A lane has eight neighbouring columns, which belong to one head: [WARPS, 32], and [WARPS, 1, 256] of them all.
-    lane_column = tl.arange(0, WARPS)[:, None] * 256 + tl.arange(0, 32)[None, :] * 8
+    # A lane has eight neighbouring columns, which belong to one head. [32, WARPS] of the first of them, and all as the
+    # weight has them: [WARPS, 1, 256]. (Lanes come first where Triton is to deal them out first.)
+    lane_column = tl.arange(0, 32)[:, None] * 8 + tl.arange(0, WARPS)[None, :] * 256
+    eight = tl.arange(0, 2)[None, None, :, None] * 4 + tl.arange(0, 4)[None, None, None, :]
     column = tl.arange(0, WARPS)[:, None, None] * 256 + tl.arange(0, 256)[None, None, :]
     row = tl.minimum(tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
     tile = weight + row[None, :, None] * weight_stride + column
@@ -79,8 +81,9 @@ def _merge_linear_kernel(
         head = (start + lane_column) // HEAD_DIM
         inside = active & (start + lane_column < K)
         score = tl.load(partial_lse + head * SPLITS + split, mask=inside, other=-1.0e38)
-        place = (head * (SPLITS * HEAD_DIM) + split * HEAD_DIM + (start + lane_column) % HEAD_DIM)[:, :, None]
-        value = tl.load(partial + place + tl.arange(0, 8)[None, None, :], mask=inside[:, :, None], other=0.0)
+        place = head * (SPLITS * HEAD_DIM) + split * HEAD_DIM + (start + lane_column) % HEAD_DIM
+        pointer = partial + place[:, :, None, None] + eight
+        value = tl.load(pointer, mask=inside[:, :, None, None], other=0.0)
         scores = scores + (score,)  # type: ignore[assignment]
         values = values + (value,)  # type: ignore[assignment]
     products = tl.zeros((WARPS, BLOCK_N, 256), tl.float32)
@@ -88,14 +91,15 @@ def _merge_linear_kernel(
         top = scores[i * SPLITS]  # type: ignore[var-annotated]
         for s in tl.static_range(1, SPLITS):
             top = tl.maximum(top, scores[i * SPLITS + s])
-        total = tl.zeros((WARPS, 32), tl.float32)
-        merged = tl.zeros((WARPS, 32, 8), tl.float32)
+        total = tl.zeros((32, WARPS), tl.float32)
+        merged = tl.zeros((32, WARPS, 2, 4), tl.float32)
         for s in tl.static_range(SPLITS):
             share = tl.exp2(scores[i * SPLITS + s] - top)
             total += share
-            merged += values[i * SPLITS + s] * share[:, :, None]
-        merged = (merged / total[:, :, None]).to(weight.dtype.element_ty).to(tl.float32)
-        products += chunks[i].to(tl.float32) * tl.reshape(merged, (WARPS, 1, 256))
+            merged += values[i * SPLITS + s] * share[:, :, None, None]
+        merged = (merged / total[:, :, None, None]).to(weight.dtype.element_ty).to(tl.float32)
+        merged = tl.reshape(tl.permute(merged, (1, 0, 2, 3)), (WARPS, 1, 256))
+        products += chunks[i].to(tl.float32) * merged
     result = tl.sum(tl.sum(products, axis=2), axis=0)
     if bias is not None:
         result += tl.load(bias + row).to(tl.float32)
@@ -103,13 +107,15 @@ def _merge_linear_kernel(
     tl.store(y + output, result.to(y.dtype.element_ty), mask=output < N)
 
 
-def why_not_merged(num_seqs: int, config: DecodeConfig, head_dim: int) -> list[str]:
+def why_not_merged(num_seqs: int, config: DecodeConfig, head_dim: int, element_size: int) -> list[str]:
     """Reasons why attention's splits must be merged by a kernel of their own; [] means that this one can."""
     reasons = [] if num_seqs == 1 else [f"{num_seqs} sequences, not one"]
     if not 1 < config.max_splits <= MAX_MERGED_SPLITS or config.max_splits & (config.max_splits - 1):
         reasons.append(f"{config.max_splits} splits, not 2 or 4")
     if head_dim % 8:
         reasons.append(f"heads of {head_dim} elements: a lane reads 8 of one head")
+    if element_size != 2:
+        reasons.append("eight columns a lane are what 16-bit weights have")
     return reasons
 
 
@@ -123,7 +129,7 @@ def merge_linear_(
 ) -> torch.Tensor:
     """residual [1, N] += weight [N, Hq * D] merged(splits) + bias [N], in place; returns it.
 
-    weight, residual and bias share a dtype. pdl: as in `rope_attention`.
+    weight, residual and bias share a 16-bit dtype. pdl: as in `rope_attention`.
     """
     require_unit_stride(weight=weight, residual=residual, bias=bias)
     rows, width = weight.shape

@@ -134,11 +134,12 @@ def gemv_kernel(
                     value *= scales[i].to(tl.float32)
             products += chunks[i].to(tl.float32) * value
             if i + AHEAD < CHUNKS:
-                start: tl.constexpr = (i + AHEAD) * BLOCK_K
-                chunks = chunks + (_load_chunk(tile, column, start, K, BLOCK_K, True),)
-                values = values + (_load_chunk(x + column, column, start, K, BLOCK_K, False),)
+                next_chunk = _load_chunk(tile, column, (i + AHEAD) * BLOCK_K, K, BLOCK_K, True)
+                next_value = _load_chunk(x + column, column, (i + AHEAD) * BLOCK_K, K, BLOCK_K, False)
+                chunks, values = chunks + (next_chunk,), values + (next_value,)
                 if NORM and gamma is not None:
-                    scales = scales + (_load_chunk(gamma + column, column, start, K, BLOCK_K, False),)
+                    next_scale = _load_chunk(gamma + column, column, (i + AHEAD) * BLOCK_K, K, BLOCK_K, False)
+                    scales = scales + (next_scale,)
         total = tl.sum(products, axis=2)
         if NORM:
             total *= tl.rsqrt(tl.sum(squares, axis=2) / K + eps)

@@ -225,7 +225,7 @@ def rope_attention(
     longest = _longest(max_context_len or block_table.shape[1] * page, window, page)
     config = config or rope_attention_config(num_seqs, kv_heads, dim, qkv.element_size(), longest, gpu)
     pdl = gpu.pdl if pdl is None else pdl
-    apart = not merge and not why_not_merged(num_seqs, config, dim)
+    apart = not merge and not why_not_merged(num_seqs, config, dim, qkv.element_size())
     lse, partial = _workspace(qkv, q_heads, dim, config)
     _rope_attention_kernel[(num_seqs * kv_heads, config.max_splits)](
         qkv, q_norm_weight, k_norm_weight, cos_sin, k_cache, v_cache, block_table, context_lens, out,
