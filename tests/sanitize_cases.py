@@ -34,6 +34,7 @@ from nanovllm.kernels import (
     sample,
     sample_cut,
 )
+from nanovllm.kernels import merge_linear as merge_linear_module
 from nanovllm.kernels.fusion_config import FusionConfig, Problem
 from nanovllm.kernels.launch_config import DecodeConfig, PrefillConfig
 
@@ -87,8 +88,17 @@ def numbers(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
 
 # (configuration, rows, outputs, K): edges in every direction, and the shapes that PDL and its prefetch want.
 LINEARS = {
-    "gemv_kernel": [("gemv/4/64/1", 1, 33, 100), ("gemv/4/64/2", 3, 21, 130), ("gemv/4/128/2/pdl", 2, 36, 256)],
-    "panel_kernel": [("panel/8/16/64/2", 5, 21, 100), ("panel/16/16/128/4/pdl", 11, 36, 128)],
+    "gemv_kernel": [
+        ("gemv/4/64/1", 1, 33, 100),
+        ("gemv/4/64/2", 3, 21, 130),
+        ("gemv/4/128/2/pdl", 2, 36, 256),
+        ("gemv/8/256/4/late", 1, 50, 5000),
+    ],
+    "panel_kernel": [
+        ("panel/8/16/64/2", 5, 21, 100),
+        ("panel/16/16/128/4/pdl", 11, 36, 128),
+        ("panel/32/32/256/4/late", 20, 50, 1000),
+    ],
     "tile_kernel": [
         ("tile/16/16/32/2/2", 5, 37, 129),
         ("tile/64/64/64/4/3", 70, 130, 192),
@@ -189,6 +199,27 @@ def decode(
     rope_attention.rope_attention(qkv, weight, weight, 1e-6, table, *cache, 0.1, window, config=config, pdl=pdl)
 
 
+def merge_linear(context: int, window: int | None, pdl: bool) -> Case:
+    """Attention of one sequence that leaves its splits apart, and the projection that merges them."""
+
+    def run(device: str, half: torch.dtype) -> None:
+        torch.manual_seed(0)
+        paged = Paged.build([context], 2, 64, 16, half, device)
+        cache = paged.k_cache, paged.v_cache, paged.block_table, paged.context_lens
+        table = numbers(context, 64, dtype=torch.float32, device=device)
+        config = DecodeConfig(32, 4, 32, num_warps=4, num_stages=2)
+        splits = rope_attention.rope_attention(
+            numbers(1, (6 + 2 * 2) * 64, dtype=half, device=device), None, None, 1e-6, table, *cache, 0.1, window,
+            merge=False, config=config, pdl=pdl,
+        )  # fmt: skip
+        assert isinstance(splits, merge_linear_module.SplitOutput)
+        weight, residual = numbers(37, 6 * 64, dtype=half, device=device), numbers(1, 37, dtype=half, device=device)
+        bias = numbers(37, dtype=half, device=device) if window is None else None
+        merge_linear_module.merge_linear_(splits, weight, residual, bias=bias, pdl=pdl)
+
+    return Case(run, pdl)
+
+
 def prefill(chunks: list[tuple[int, int]], window: int | None, config: PrefillConfig) -> Case:
     """chunks: (query length, context length)."""
 
@@ -216,6 +247,12 @@ def feed_tokens(device: str, half: torch.dtype) -> None:
     feed.feed_tokens_(torch.tensor([11, -3, 12, -1] * 300).to(device), torch.tensor([500, 600, 700]).to(device))
 
 
+def embed_fed(device: str, half: torch.dtype) -> None:
+    ids, sampled = torch.tensor([11, -3, 12, -1]).to(device), torch.tensor([0, 1, 12]).to(device)
+    for width in (100, 1500):
+        feed.embed_fed(ids, sampled, numbers(13, width, dtype=half, device=device))
+
+
 def sample_rows(device: str, half: torch.dtype) -> None:
     """Greedy, cut and free rows; logits of a flat distribution, so that the search for the cut takes several passes."""
     count, columns = len(RULES), list(zip(*RULES, strict=True))
@@ -225,7 +262,9 @@ def sample_rows(device: str, half: torch.dtype) -> None:
     for logits in (numbers(count, 1001, dtype=half, device=device), torch.ones(count, 5000, dtype=half).to(device)):
         params = sample_cut.RowParams(heat, seeds, positions, k, p, floor)
         sample_cut.sample_rows(logits, params)
-        sample.sample(logits, heat, seeds, positions)
+        echo = torch.zeros(2, count, dtype=torch.int64, pin_memory=device == "cuda")
+        sink = sample.TokenSink(torch.zeros(count, dtype=torch.int64).to(device), echo, torch.tensor([1]).to(device))
+        sample.sample(logits, heat, seeds, positions, sink=sink)
 
 
 def uniform(device: str, half: torch.dtype) -> None:
@@ -254,12 +293,17 @@ CASES: dict[str, list[Case]] = {
     "rope_attention._rope_attention_kernel": [
         Case(partial(decode, *shape, pdl=pdl), pdl) for shape in DECODES for pdl in (False, True)
     ],
+    "merge_linear._merge_linear_kernel": [
+        merge_linear(context, window, pdl) for context, window in ((1, None), (100, None), (130, 40))
+        for pdl in (False, True)
+    ],
     "prefill_attention._prefill_kernel": [
         prefill([(7, 7), (1, 9), (20, 33)], None, PrefillConfig(16, 16, 2, num_warps=4, num_stages=2)),
         prefill([(40, 64), (3, 50)], 20, PrefillConfig(32, 16, 1, num_warps=4, num_stages=2)),
         prefill([(70, 70)], None, PrefillConfig(64, 64, 1, num_warps=4, num_stages=3)),
     ],
     "feed._feed_kernel": [Case(feed_tokens)],
+    "feed._embed_kernel": [Case(embed_fed)],
     "sample._chunk_kernel": SAMPLE_CASES,
     "sample._pick_kernel": SAMPLE_CASES,
     "sample._uniform_kernel": [Case(uniform)],
