@@ -34,7 +34,6 @@ from nanovllm.kernels import (
     sample,
     sample_cut,
 )
-from nanovllm.kernels import merge_linear as merge_linear_module
 from nanovllm.kernels.fusion_config import FusionConfig, Problem
 from nanovllm.kernels.launch_config import DecodeConfig, PrefillConfig
 
@@ -199,27 +198,6 @@ def decode(
     rope_attention.rope_attention(qkv, weight, weight, 1e-6, table, *cache, 0.1, window, config=config, pdl=pdl)
 
 
-def merge_linear(context: int, window: int | None, pdl: bool) -> Case:
-    """Attention of one sequence that leaves its splits apart, and the projection that merges them."""
-
-    def run(device: str, half: torch.dtype) -> None:
-        torch.manual_seed(0)
-        paged = Paged.build([context], 2, 64, 16, half, device)
-        cache = paged.k_cache, paged.v_cache, paged.block_table, paged.context_lens
-        table = numbers(context, 64, dtype=torch.float32, device=device)
-        config = DecodeConfig(32, 4, 32, num_warps=4, num_stages=2)
-        splits = rope_attention.rope_attention(
-            numbers(1, (6 + 2 * 2) * 64, dtype=half, device=device), None, None, 1e-6, table, *cache, 0.1, window,
-            merge=False, config=config, pdl=pdl,
-        )  # fmt: skip
-        assert isinstance(splits, merge_linear_module.SplitOutput)
-        weight, residual = numbers(37, 6 * 64, dtype=half, device=device), numbers(1, 37, dtype=half, device=device)
-        bias = numbers(37, dtype=half, device=device) if window is None else None
-        merge_linear_module.merge_linear_(splits, weight, residual, bias=bias, pdl=pdl)
-
-    return Case(run, pdl)
-
-
 def prefill(chunks: list[tuple[int, int]], window: int | None, config: PrefillConfig) -> Case:
     """chunks: (query length, context length)."""
 
@@ -292,10 +270,6 @@ CASES: dict[str, list[Case]] = {
     "decode_attention._merge_kernel": DECODE_CASES[1:],  # the first has one split
     "rope_attention._rope_attention_kernel": [
         Case(partial(decode, *shape, pdl=pdl), pdl) for shape in DECODES for pdl in (False, True)
-    ],
-    "merge_linear._merge_linear_kernel": [
-        merge_linear(context, window, pdl) for context, window in ((1, None), (100, None), (130, 40))
-        for pdl in (False, True)
     ],
     "prefill_attention._prefill_kernel": [
         prefill([(7, 7), (1, 9), (20, 33)], None, PrefillConfig(16, 16, 2, num_warps=4, num_stages=2)),

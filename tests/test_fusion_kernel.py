@@ -146,7 +146,6 @@ LARGE = [
     Case((5,), 1024, 3072, "residual", "panel/8/16/3072/8"),
     Case((16,), 3072, 1024, "gamma swiglu", "panel/16/32/1024/8"),
     Case((16,), 999, 2560, ALL, "panel/16/32/512/4"),
-    Case((27,), 512, 4096, ALL + " swiglu", "panel/32/32/512/8"),
     Case((7,), 500, 1001, ALL, "panel/8/16/512/4"),
     Case((33,), 999, 1001, ALL, "tile/64/64/64/4/3"),
     Case((64,), 1536, 2048, "gamma swiglu", "tile/64/128/64/8/3"),
@@ -160,7 +159,7 @@ LARGE = [
 @tiers(small=SMALL, large=LARGE)
 def test_against_float64(device: str, dtype: torch.dtype, case: Case) -> None:
     if dtype == F32 and case.config is not None and case in LARGE:  # the policy never takes tiles for float32
-        case = case._replace(config="gemv/8/128/8" if case.shape[0] <= 8 else None)
+        case = case._replace(config="gemv/16/128/8" if case.shape[0] <= 8 else None)
     if dtype == F32 and "panel" in (case.config or ""):  # multiplies 16-bit numbers
         case = case._replace(config=None)
     check(arguments(case, dtype, device))

@@ -178,6 +178,11 @@ def test_linears_of_the_decode_chain(
     config = linear_config(Problem(rows, 1024, 2048), gpu)
     linear_residual.linear_residual(x, weight, torch.zeros(rows, 1024, dtype=BF16), config=config)
     assert len(compiled) == 3 and set(compiled) <= set(kernels)
+    # A row that a warp cannot hold as a whole: a window of it.
+    x, weight = torch.zeros(rows, 8192, dtype=BF16), torch.zeros(2048, 8192, dtype=BF16)
+    config = linear_config(Problem(rows, 2048, 8192), gpu)
+    linear_residual.linear_residual(x, weight, torch.zeros(rows, 2048, dtype=BF16), config=config)
+    assert len(compiled) == 4
 
 
 # (q_heads, kv_heads, head_dim, page, window, sequences, longest context)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from kernel_checks import Paged, attention_truth, judge, norm_weight, tiers
 from test_kernels_rows import torch_rope, truth_rope
 
 from nanovllm.kernels.decode_attention import decode_attention
 from nanovllm.kernels.launch_config import DecodeConfig
-from nanovllm.kernels.merge_linear import SplitOutput, merge_linear_
 from nanovllm.kernels.rope import qk_norm_rope_store
 from nanovllm.kernels.rope_attention import rope_attention
 
@@ -53,10 +51,10 @@ class Case:
         position = self.contexts[i] - 1
         return int(self.paged.block_table[i, position // self.page]), position % self.page
 
-    def run(self, config: DecodeConfig | None = None, merge: bool = True) -> torch.Tensor:
+    def run(self, config: DecodeConfig | None = None) -> torch.Tensor:
         return rope_attention(
             self.qkv, *self.weights, EPS, self.table, self.paged.k_cache, self.paged.v_cache, self.paged.block_table,
-            self.paged.context_lens, self.scale, self.window, config=config, merge=merge,
+            self.paged.context_lens, self.scale, self.window, config=config,
         )  # fmt: skip
 
     def expected(self, dtype: torch.dtype | None) -> torch.Tensor:
@@ -122,42 +120,6 @@ def test_splits_and_append(device: str, dtype: torch.dtype, case: tuple, max_spl
     )
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(first, unfused.flatten(1), rtol=tolerance, atol=tolerance)
-
-
-MERGED = [
-    pytest.param("cpu", torch.float16, (4, 2, 64, None), marks=pytest.mark.interpret),
-    pytest.param("cpu", torch.float16, (3, 1, 80, 50), marks=pytest.mark.interpret),
-    *(
-        pytest.param("cuda", dtype, case, marks=pytest.mark.gpu)
-        for dtype in (torch.float16, torch.bfloat16)
-        for case in ((4, 2, 64, None), (3, 1, 80, 50), (16, 8, 128, None), (32, 8, 64, 100))
-    ),
-]
-
-
-@pytest.mark.parametrize("context", [1, 33, 70, 128])
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize(("device", "dtype", "case"), MERGED)
-def test_splits_merged_by_the_output_projection(
-    device: str, dtype: torch.dtype, case: tuple, with_bias: bool, context: int
-) -> None:
-    """The same as merging first and multiplying then; also where only some of the splits are in use."""
-    q_heads, kv_heads, dim, window = case
-    made = Case(device, dtype, [context], q_heads, kv_heads, dim, 8, window, True)
-    weight = (torch.randn(20, q_heads * dim) / dim).to(dtype).to(device)
-    bias = torch.randn(20).to(dtype).to(device) if with_bias else None
-    residual = torch.randn(1, 20).to(dtype).to(device)
-    config = DecodeConfig(32, 4, 32, num_warps=2, num_stages=1)
-    splits = made.run(config, merge=False)
-    assert isinstance(splits, SplitOutput)
-    y = merge_linear_(splits, weight, residual.clone(), bias=bias)
-    truth, same = (
-        F.linear(made.expected(kind).to(kind), weight.to("cpu", kind), None if bias is None else bias.to("cpu", kind))
-        + residual.to("cpu", kind)
-        for kind in (torch.float64, dtype)
-    )
-    judge(y, truth, same)
-    assert made.run(config).shape == (1, q_heads * dim), "merged when nobody says otherwise"
 
 
 def test_bad_arguments() -> None:

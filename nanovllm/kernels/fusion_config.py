@@ -25,6 +25,7 @@ TABLES = Path(__file__).resolve().parent / "tuned" / OPERATOR
 VARIABLE = "NANOVLLM_TUNED"
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # dtypes the kernels compute in
 MAX_GEMV_ROWS = 8
+MAX_PANEL_ROWS = 16
 MAX_GUESSED_ROWS = 16  # above it, only a measurement may say that fusion pays
 MAX_FLOAT32_ROWS = 4
 _THREAD_BYTES = 512  # a thread's share of a GEMV's weight tile: half of its registers
@@ -168,6 +169,8 @@ class FusionConfig:
         if problem.m > self.block_m:
             found.append(f"a panel takes at most block_m={self.block_m} rows, x has {problem.m}")
         least = 16 if self.block_m == 8 or problem.swiglu else 8
+        if self.block_m > MAX_PANEL_ROWS:
+            found.append(f"a panel takes at most {MAX_PANEL_ROWS} rows of x, block_m is {self.block_m}")
         if self.block_m < 8 or self.block_n < least:
             found.append(
                 f"a panel of {self.block_m} rows of x (at least 8) takes {least} of the weight, not {self.block_n}"
@@ -221,10 +224,10 @@ def gemv_config(problem: Problem, gpu: Gpu) -> FusionConfig:
 def panel_config(problem: Problem) -> FusionConfig:
     """All of K in flight where a thread's registers hold it; few warps, for their products meet in shared memory.
 
-    In the decode chain (H100, Qwen3-0.6B), us for a layer's four linears: at eight rows 16.4 as here, 17.9 with 16 rows
-    of the weight everywhere, 18.7 with 8 warps everywhere; at sixteen 21.4, gate_up with its whole K in flight 22.6,
-    tiles for QKV and gate_up 26. Llama-3.2-1B, two to sixteen rows: norm and cuBLAS for gate_up (67 MB) and down (34 MB)
-    57.2 to 62.3; gate_up as here 52.2 to 57.1, down as here 52.9 to 59.9.
+    In the decode chain (H100, Qwen3-0.6B), us for a layer's four linears: at eight rows 16.4 as here, 17.9 with 16
+    rows of the weight everywhere, 18.7 with 8 warps everywhere; at sixteen 21.4, gate_up with its whole K in flight
+    22.6, tiles for QKV and gate_up 26. Llama-3.2-1B, two to sixteen rows: norm and cuBLAS for gate_up (67 MB) and down
+    (34 MB) 57.2 to 62.3; gate_up as here 52.2 to 57.1, down as here 52.9 to 59.9.
     """
     block_m = max(8, next_power_of_2(problem.m))
     wide, many = problem.weight_rows >= 2048, problem.weight_rows >= 8192

@@ -28,7 +28,6 @@ from nanovllm.kernels.decode_attention import _first_key, _split_length, merge_s
 from nanovllm.kernels.jit import gpu_of, jit, require_unit_stride, use_triton
 from nanovllm.kernels.kv_cache import check_cache, page_ids
 from nanovllm.kernels.launch_config import DecodeConfig, next_power_of_2, rope_attention_config
-from nanovllm.kernels.merge_linear import SplitOutput, why_not_merged
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -91,11 +90,10 @@ def _rope_attention_kernel(
     scale, eps, qkv_stride, table_stride, k_block_stride, v_block_stride, window, max_splits, min_split,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, NORM: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, SPLIT: tl.constexpr, ALWAYS: tl.constexpr, PDL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """qkv: [B, (KV_HEADS * GROUP + 2 KV_HEADS) * HEAD_DIM]; out: [B, KV_HEADS * GROUP, HEAD_DIM], contiguous;
-    partial: [B, Hq, max_splits, HEAD_DIM] and partial_lse without the last, float32. ALWAYS: a sequence of one split
-    goes there too."""
+    partial: [B, Hq, max_splits, HEAD_DIM] and partial_lse without the last, float32."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     sequence = tl.program_id(0) // KV_HEADS
@@ -171,13 +169,12 @@ def _rope_attention_kernel(
     acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]  # context 0 (a padding row): zeros
     first_row = sequence.to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP
     written = (row < GROUP) & (dim < HEAD_DIM)[None, :]
-    if (SPLIT == 0) | ((ALWAYS == 0) & (context - first <= length)):
+    if (SPLIT == 0) | (context - first <= length):
         tl.store(out + (first_row + row) * HEAD_DIM + dim[None, :], acc, mask=written)
     else:
         slot = (first_row + tl.arange(0, ROWS)) * max_splits + split
         tl.store(partial + slot[:, None] * HEAD_DIM + dim[None, :], acc, mask=written)
-        lse = tl.where(total > 0.0, top + tl.log2(total), -1.0e38)
-        tl.store(partial_lse + slot, lse, mask=tl.arange(0, ROWS) < GROUP)
+        tl.store(partial_lse + slot, top + tl.log2(total), mask=tl.arange(0, ROWS) < GROUP)
 
 
 def rope_attention(
@@ -194,10 +191,9 @@ def rope_attention(
     window: int | None = None,
     max_context_len: int | None = None,
     *,
-    merge: bool = True,
     config: DecodeConfig | None = None,
     pdl: bool | None = None,
-) -> torch.Tensor | SplitOutput:
+) -> torch.Tensor:
     """One token a sequence: normalise and rotate its queries and key, append key and value, attend.
 
     qkv: [B, (Hq + 2 Hkv) * D], rows may be strided; q_norm_weight, k_norm_weight: [D] in qkv's dtype, or both None;
@@ -205,10 +201,9 @@ def rope_attention(
     block_table: [B, max_blocks] int32; context_lens: [B] int32, the new token included: its position is context - 1;
     0 marks a padding row, which stores nothing and whose output is zeros.
     max_context_len: upper bound on context_lens known to the host (under a CUDA graph: for all replays).
-    merge: False lets the splits of a lone sequence stay apart where `merge_linear_` can take them; see there.
     pdl: launch as a programmatic dependent; None = where the GPU can (Hopper and later). The block table, the lengths
     and the older keys must then be in memory before the kernel in front of this one starts.
-    Returns [B, Hq * D], contiguous, or with merge=False perhaps a `SplitOutput`.
+    Returns [B, Hq * D], contiguous.
     """
     _check_weights(q_norm_weight, k_norm_weight)
     if not use_triton(qkv):
@@ -225,18 +220,15 @@ def rope_attention(
     longest = _longest(max_context_len or block_table.shape[1] * page, window, page)
     config = config or rope_attention_config(num_seqs, kv_heads, dim, qkv.element_size(), longest, gpu)
     pdl = gpu.pdl if pdl is None else pdl
-    apart = not merge and not why_not_merged(num_seqs, config, dim, qkv.element_size())
     lse, partial = _workspace(qkv, q_heads, dim, config)
     _rope_attention_kernel[(num_seqs * kv_heads, config.max_splits)](
         qkv, q_norm_weight, k_norm_weight, cos_sin, k_cache, v_cache, block_table, context_lens, out,
         partial, lse, scale * math.log2(math.e), eps,
         qkv.stride(0), block_table.stride(0), k_cache.stride(0), v_cache.stride(0),
-        window or 0, config.max_splits, config.min_split, PDL=pdl, ALWAYS=apart,
+        window or 0, config.max_splits, config.min_split, PDL=pdl,
         **_constants(q_heads, kv_heads, page, dim, q_norm_weight is not None, window is not None, config),
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
-    if apart:
-        return SplitOutput(partial, lse, context_lens, window, config)
     if config.max_splits > 1:
         merge_splits(partial, lse, context_lens, out.view(num_seqs, q_heads, dim), window, config, pdl)
     return out

@@ -17,7 +17,6 @@ from nanovllm.kernels.chain_config import linear_config
 from nanovllm.kernels.fusion_config import UNFUSED, Problem
 from nanovllm.kernels.jit import gpu_of, interpreting, triton_installed, use_triton
 from nanovllm.kernels.linear_residual import linear_residual
-from nanovllm.kernels.merge_linear import SplitOutput, merge_linear_
 from nanovllm.kernels.rms_norm_linear_fusion import dtype_name, launch
 from nanovllm.layers.attention.backend import AttentionSpec
 from nanovllm.layers.attention.triton_paged import TritonBackend
@@ -44,10 +43,8 @@ def norm_linear(
 
 
 @nvtx.ranged(1)
-def linear_residual_(x: torch.Tensor | SplitOutput, linear: RowParallelLinear, residual: torch.Tensor) -> torch.Tensor:
-    """residual [B, N] += linear(x [B, K]), in place; returns it. x may be what attention left unmerged."""
-    if isinstance(x, SplitOutput):
-        return merge_linear_(x, linear.weight, residual, bias=linear.bias)
+def linear_residual_(x: torch.Tensor, linear: RowParallelLinear, residual: torch.Tensor) -> torch.Tensor:
+    """residual [B, N] += linear(x [B, K]), in place; returns it."""
     config = linear_config(_problem(x, linear.weight, False), gpu_of(x.device)) if use_triton(x) else UNFUSED
     return linear_residual(x, linear.weight, residual, bias=linear.bias, config=config)
 

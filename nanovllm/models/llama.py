@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from nanovllm.config import ModelConfig
-from nanovllm.kernels.merge_linear import SplitOutput
 from nanovllm.kernels.rope import qk_norm_rope_store
 from nanovllm.kernels.rope_attention import rope_attention
 from nanovllm.layers.activation import SiluAndMul
@@ -69,7 +68,7 @@ class LlamaAttention(nn.Module):
         table: torch.Tensor,
         cache: tuple[torch.Tensor, torch.Tensor],
         batch: ForwardBatch,
-    ) -> torch.Tensor | SplitOutput:
+    ) -> torch.Tensor:
         """The fused twin of everything between the projections: qkv [B, …] -> [B, Hq * D], one token a sequence."""
         return rope_attention(
             qkv,
@@ -83,7 +82,6 @@ class LlamaAttention(nn.Module):
             self.scale,
             self.window,
             batch.attention.max_context_len,
-            merge=False,
         )
 
 

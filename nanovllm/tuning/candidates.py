@@ -11,10 +11,9 @@ import dataclasses
 import itertools
 from dataclasses import dataclass
 
-from nanovllm.kernels.fusion_config import MAX_GEMV_ROWS, FusionConfig, Problem
+from nanovllm.kernels.fusion_config import MAX_GEMV_ROWS, MAX_PANEL_ROWS, FusionConfig, Problem
 from nanovllm.kernels.launch_config import Gpu, cdiv, next_power_of_2
 
-MAX_PANEL_ROWS = 32
 MAX_TILE_ROWS = 64  # above, a few large tiles are tried, mostly to show that cuBLAS is better
 MAX_ROWS = 128  # above, nothing is tried: the product is bound by arithmetic, and large tiles lost at 128 (H200)
 FLIGHT = 32 * 1024  # bytes of weight per SM that a pipeline should keep on the way
