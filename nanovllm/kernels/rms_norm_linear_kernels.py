@@ -1,9 +1,9 @@
 """The jitted half of `rms_norm_linear_fusion`: three kernels, for one row, a handful and a few dozen.
 
 Read that module first: it states the formula, the cast order, the grid and the traffic. Here a program owns BLOCK_N
-rows of the weight, for all (`gemv_kernel`) or BLOCK_M rows of x, and the whole length K: so the sum
-of squares is complete where the products are, and no program waits for another. Every program repeats that sum; x is
-small and comes from the L2 cache, while the weight is what memory's time goes to.
+rows of the weight, for all (`gemv_kernel`) or BLOCK_M rows of x, and the whole length K: so the sum of squares is
+complete where the products are, and no program waits for another. Every program repeats that sum; x is small and comes
+from the L2 cache, while the weight is what memory's time goes to.
 
 SwiGLU needs rows n and N + n of the packed weight in one program: the rows of a tile alternate gate, up, gate, up (in
 a panel eight and eight), so that the main loop does not know, and the epilogue splits neighbours.
@@ -284,8 +284,8 @@ def panel_kernel(
     CHUNKS: tl.constexpr = (K + WIDTH - 1) // WIDTH
     AHEAD: tl.constexpr = min(BLOCK_K // WIDTH, CHUNKS)
     lane = tl.arange(0, 8)[None, :, None, None, None]
-    slice_ = tl.arange(0, 4)[:, None, None, None, None] * 8 + tl.arange(0, WARPS)[None, None, :, None, None] * 32
-    column = slice_ + tl.arange(0, 8)[None, None, None, None, :]
+    first = tl.arange(0, 4)[:, None, None, None, None] * 8 + tl.arange(0, WARPS)[None, None, :, None, None] * 32
+    column = first + tl.arange(0, 8)[None, None, None, None, :]
     place = lane + tl.arange(0, BLOCK_N // 8)[None, None, None, :, None] * 8
     tile = weight + _panel_rows(place, N, BLOCK_N, SWIGLU) * weight_stride + column
     row = tl.minimum(lane + tl.arange(0, BLOCK_M // 8)[None, None, None, :, None] * 8, M - 1)
