@@ -14,8 +14,8 @@ from harness.records import METRICS, Record, read, write
 from profiling.rows import profile_rows
 from reporting.docs import documents, refresh
 from reporting.query import lookup
-from reporting.roofline import points
-from reporting.series import gpus, lines, slug
+from reporting.roofline import points, roofs
+from reporting.series import current, gpus, lines, slug
 from reporting.tables import number, tables
 
 from nanovllm.profiling.distil import Profile, distil
@@ -138,6 +138,28 @@ def test_lines_are_sorted_and_the_newest_row_wins() -> None:
     assert (unfused.label, theirs.label) == ("nano-vllm-coconut, unfused", "vLLM 0.26.0")
 
 
+def test_plots_leave_out_earlier_engines_of_ours() -> None:
+    """A new commit's rows push out those of older days, and models that it has no row of; one day's commits stay."""
+    new = [
+        record(date="2", commit="b"),
+        record(date="3", commit="b", batch="2"),
+        record(date="3", commit="a", batch="4"),
+    ]
+    peer = record(engine="vllm", date="1", batch="8")
+    old = [
+        record(date="1", commit="a", batch="8"),
+        record(date="1", commit="a", model="N"),
+        record(engine="vllm", model="N"),
+    ]
+    assert current([*old, peer, *new]) == [peer, *new]
+    assert current([peer]) == [peer]
+
+
+def test_measured_roofs_win() -> None:
+    row = record(test="roof", metric="read_bytes_per_s", value=3e12)
+    assert roofs([row], (4e12, 9e14)) == ((3e12, "measured"), (9e14, "data sheet"))
+
+
 def test_gpus_are_told_from_cpus() -> None:
     rows = [record(device="AMD EPYC, 2 threads"), record(), record(device="NVIDIA H200", date="2026-02-01")]
     assert gpus(rows) == ["NVIDIA H200", GPU] and slug(GPU) == "h100-80gb-hbm3"
@@ -154,12 +176,16 @@ def test_the_roofline_knows_the_shapes() -> None:
 def test_every_plot_is_drawn_and_stale_ones_go(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [*read(METRICS), record(value=2.0, engine="vllm", version="1", model="Qwen3-0.6B", dtype="bfloat16")]
+    grid = {"model": "Qwen3-0.6B", "date": "2099-01-01", "commit": "abc"}
+    rows += [
+        record(**grid, batch=b, prompt=p, options=o) for b in "14" for p in ("128", "512") for o in ("", "fusion=off")
+    ]
     for fused in (False, True):
         rows += profile_rows(profiled(tmp_path, fused))
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "stale.png").write_bytes(b"")
     written = report.draw([r for r in rows if r.device == GPU], tmp_path / "plots")
-    kinds = ("decode", "prefill", "workload", "fusion_speedup", "roofline", "time")
+    kinds = ("decode", "decode_length", "decode_speedup", "prefill", "workload", "fusion_speedup", "roofline", "time")
     assert written == [f"{kind}_h100-80gb-hbm3.png" for kind in kinds]
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == sorted(written)
     assert all((tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in written)
