@@ -4,8 +4,8 @@ A graph is recorded once per batch size over buffers that never move; a step fil
 smallest graph that holds it. Sizes 1 to 16 are exact, since that is where padding would show; then steps of 8.
 
 A graph is also recorded for a longest context, for which attention chooses its grid. Fused sizes get a second one for
-short contexts, where a layer is a matter of latency, and the fewest programs a sequence are the fastest: see
-`launch_config.rope_attention_config` for what that gains.
+short contexts, where a layer is a matter of latency and keys are split no further than they reach:
+`launch_config.rope_attention_config` says into how many.
 """
 
 from __future__ import annotations

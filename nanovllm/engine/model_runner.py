@@ -9,6 +9,7 @@ next step may be launched: its inputs name tokens that only the device knows so 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from dataclasses import dataclass, field
@@ -276,8 +277,18 @@ class ModelRunner:
         """Prompts under different salts never share KV: dynamic NTK rotates keys by the length of their prompt."""
         return str(prompt_len).encode() if self.model.model.rotary.needs_prompt_lens(prompt_len) else b""
 
+    def drain(self) -> None:
+        """Wait for what is queued on the device, without its results: it may write buffers of the host.
+
+        A device that failed says so where results are asked for; here it only has nothing left to wait for.
+        """
+        if self.device.type == "cuda":
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.synchronize(self.device)
+
     def close(self) -> None:
         """Drop everything on the device; the runner cannot be used afterwards."""
+        self.drain()
         self.graphs = None
         self.caches = []
         del self._host_tokens, self.model, self.loaded, self.inputs, self.sampler, self.sampling

@@ -24,7 +24,7 @@ from nanovllm.kernels.launch_config import Gpu
 
 MAX_CHAIN_ROWS = 16
 _EARLY_ROWS = 8  # above it x itself is large, and would travel behind the next kernel's weights
-_MANY_ROWS_BYTES = 80_000_000  # of more rows than that: above it cuBLAS comes closer to the memory's speed
+MAX_WEIGHT_BYTES = 80_000_000  # of two rows and more: up to it measured, above it norm and cuBLAS
 
 
 @functools.lru_cache(maxsize=1024)
@@ -39,7 +39,7 @@ def linear_config(problem: Problem, gpu: Gpu) -> FusionConfig:
     weight_bytes = problem.weight_rows * problem.k * problem.element_size
     if problem.m == 1 or problem.element_size == 4:
         config = gemv_config(problem, gpu) if problem.m <= MAX_FLOAT32_ROWS else UNFUSED
-    elif problem.m > _EARLY_ROWS and weight_bytes > _MANY_ROWS_BYTES and problem.k > 1024:
+    elif weight_bytes > MAX_WEIGHT_BYTES and problem.k > 1024:  # a head of short rows is measured too
         config = UNFUSED
     else:
         config = panel_config(problem)

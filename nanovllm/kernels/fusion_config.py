@@ -26,6 +26,7 @@ VARIABLE = "NANOVLLM_TUNED"
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # dtypes the kernels compute in
 MAX_GEMV_ROWS = 8
 MAX_PANEL_ROWS = 16
+MAX_CHUNKS = 160  # of a row, in the unrolled loops of gemv and panel: compile time grows with it
 MAX_GUESSED_ROWS = 16  # above it, only a measurement may say that fusion pays
 MAX_FLOAT32_ROWS = 4
 _THREAD_BYTES = 512  # a thread's share of a GEMV's weight tile: half of its registers
@@ -67,7 +68,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class FusionConfig:
-    """One way to run the operator. As text: "unfused", "gemv/16/1024/4", "panel/8/16/1024/8" or "tile/16/64/128/4/5".
+    """One way to run the operator. As text: "unfused", "gemv/16/256/8", "panel/8/16/1024/4" or "tile/16/64/128/4/5".
 
     gemv: each warp holds `block_n` / `num_warps` weight rows in registers, in chunks of `block_k` columns.
     panel: the same on tensor cores, for at most `block_m` rows of x; `block_k` columns of the weight are in flight, of
@@ -106,7 +107,8 @@ class FusionConfig:
             r"unfused|gemv(?:/\d+){3}(?:/pdl|/late)?|panel(?:/\d+){4}(?:/pdl|/late)?|tile(?:/\d+){5}(?:/pdl)?", text
         )
         if match is None:
-            raise ValueError(f'no fusion config: {text!r}; use "unfused", "gemv/16/1024/4" or "tile/16/64/128/4/5"')
+            known = '"unfused", "gemv/16/256/8", "panel/8/16/1024/4" or "tile/16/64/128/4/5"'
+            raise ValueError(f"no fusion config: {text!r}; use {known}")
         variant, *parts = text.split("/")
         if variant == "unfused":
             return UNFUSED
@@ -138,6 +140,8 @@ class FusionConfig:
         found = [f"{name}={v} is no power of two" for name, v in blocks.items() if v < 1 or v & (v - 1)]
         if self.num_warps > 32:
             found.append(f"num_warps={self.num_warps} is more than 32")
+        if self.late_trigger and (self.variant == "tile" or not self.launch_pdl):
+            found.append("late_trigger is for dependent launches of gemv and panel")
         if found:
             return found
         if problem.swiglu and self.block_n < 2:
@@ -145,7 +149,10 @@ class FusionConfig:
         if self.variant == "panel":
             return self._panel_faults(problem, gpu)
         if self.variant == "gemv":
-            held = self.block_n * self.chunks_ahead(problem) * self.block_k * problem.element_size
+            chunks = self.chunks_ahead(problem)
+            held = self.block_n * chunks * self.block_k * problem.element_size
+            if self.block_k < 32 or cdiv(problem.k, self.block_k) > MAX_CHUNKS:
+                found.append(f"block_k={self.block_k} is too narrow for {problem.k} columns")
             least = self.num_warps * (2 if problem.swiglu else 1)
             if self.block_n < least:
                 found.append(f"each of {self.num_warps} warps takes rows of its own: block_n must be at least {least}")
@@ -153,6 +160,9 @@ class FusionConfig:
                 found.append(f"a GEMV takes at most {MAX_GEMV_ROWS} rows, x has {problem.m}")
             if held > _THREAD_BYTES * 32 * self.num_warps:
                 found.append(f"a weight tile of {held} bytes does not fit into the registers of {self.num_warps} warps")
+            held += self.num_warps * (problem.m - 1) * chunks * self.block_k * problem.element_size
+            if held > _PANEL_BYTES * 32 * self.num_warps:
+                found.append(f"{problem.m} rows of x do not fit beside the weight into the registers of a warp")
             return found
         smallest = {"block_m": 16, "block_n": 16, "block_k": 16, "num_stages": 1}
         found += [f"{name} must be at least {low}" for name, low in smallest.items() if getattr(self, name) < low]
@@ -175,6 +185,8 @@ class FusionConfig:
             found.append(
                 f"a panel of {self.block_m} rows of x (at least 8) takes {least} of the weight, not {self.block_n}"
             )
+        if cdiv(problem.k, width) > MAX_CHUNKS:
+            found.append(f"{self.num_warps} warps are too few for {problem.k} columns")
         if self.block_k < 1 or self.block_k % width:
             found.append(f"block_k={self.block_k} is no multiple of 32 columns for each of {self.num_warps} warps")
         # Weight, x and gamma in flight and two accumulators, in bytes a thread.
@@ -231,17 +243,18 @@ def panel_config(problem: Problem) -> FusionConfig:
     """
     block_m = max(8, next_power_of_2(problem.m))
     wide, many = problem.weight_rows >= 2048, problem.weight_rows >= 8192
+    half = problem.dtype == "float16"  # takes more registers than bfloat16: what just fits there spills here
     block_n, held = 16, 256  # bytes of weight a thread
     if block_m > 8:
         block_n = 16 if wide or problem.swiglu else 8
-    elif not many:
+    elif not many and not (half and problem.k > 1024):
         block_n, held = (32 if wide and problem.k <= 1024 else 16), 512
     num_warps = max(4, next_power_of_2(cdiv(block_n * problem.k * problem.element_size, 32 * held)))
     if num_warps > 8:  # a window of K in flight
         num_warps = 4 if many or block_m > 8 else 8
     elif many and problem.k > 1024:
         num_warps = 4
-    if block_m > 8 and problem.swiglu:
+    if block_m > 8 and problem.swiglu and not half and problem.k <= 8192:
         num_warps = 2
     while num_warps > 1 and 32 * num_warps >= 2 * problem.k:
         num_warps //= 2

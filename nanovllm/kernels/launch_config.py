@@ -154,7 +154,8 @@ def rope_attention_config(
     row_bytes = next_power_of_2(head_dim) * element_size
     while 2 * block_n * row_bytes > gpu.shared_memory - 8192:  # keys and values pass through it, and some scores
         block_n //= 2
-    max_splits = most if programs <= 16 else max(1, min(most, cdiv(max_context_len, min_split)))
+    needed = cdiv(max_context_len, min_split)
+    max_splits = most if programs <= 16 and needed > 1 else max(1, min(most, needed))
     return DecodeConfig(block_n, max_splits, min_split, num_warps, num_stages=1)
 
 

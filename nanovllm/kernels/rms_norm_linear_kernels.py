@@ -311,7 +311,9 @@ def panel_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     if FIRST:
         squares = tl.zeros((4, 8, WARPS, BLOCK_M // 8), tl.float32)
-        for i in tl.static_range(CHUNKS):
+        for i in tl.static_range(AHEAD):
+            squares += tl.sum(values[i].to(tl.float32) * values[i].to(tl.float32), axis=4)
+        for i in range(AHEAD, CHUNKS):  # not unrolled: these are loaded once more below
             value = _load_chunk(x_tile, column, i * WIDTH, K, WIDTH, False).to(tl.float32)
             squares += tl.sum(value * value, axis=4)
         rstd = _row_rstd_of(squares, K, eps)

@@ -1,4 +1,4 @@
-"""A decode step between the QKV projection and the output projection, in one kernel, or two for long contexts.
+"""A decode step between the QKV projection and the output projection, in one kernel, or two where keys are split.
 
 Per sequence and KV head: optional RMSNorm of the query and key heads (Qwen3), rotary embedding, append of the new key
 and value to the paged cache, attention of the one query token to all keys. Unfused these are `rope` and

@@ -1,9 +1,9 @@
 """The decode chain's two linear forms, as functions of the layers that own the weights.
 
-A decoder layer of a step of few rows is five kernels: `norm_linear` (RMSNorm + QKV), rope and attention,
-`linear_residual_` (output projection), `norm_linear` (RMSNorm + gate, up and SwiGLU), `linear_residual_` (down). The
-residual stream is the only thing that goes from layer to layer. Which steps take this way is the runner's decision;
-`why_not_fused` says where it cannot be taken at all.
+A decoder layer of a step of few rows is `norm_linear` (RMSNorm + QKV), rope and attention, `linear_residual_` (output
+projection), `norm_linear` (RMSNorm + gate, up and SwiGLU) and `linear_residual_` (down): five kernels, and one more
+where attention has splits to merge. The residual stream is the only thing that goes from layer to layer. Which steps
+take this way is the runner's decision; `why_not_fused` says where it cannot be taken at all.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ class LlamaDecoderLayer(nn.Module):
         cache: tuple[torch.Tensor, torch.Tensor],
         batch: ForwardBatch,
     ) -> torch.Tensor:
-        """The layer in five kernels, six for long contexts; x [B, hidden], the residual stream, is updated in place."""
+        """The layer in five kernels, or six; x [B, hidden], the residual stream, is updated in place."""
         qkv = norm_linear(x, self.input_layernorm, self.self_attn.qkv_proj)
         out = self.self_attn.decode(qkv, table, cache, batch)
         x = linear_residual_(out, self.self_attn.o_proj, x)
