@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-cpu test-interpret gpu-test report venv venv-dev clean
+.PHONY: help demo test lint format test-cpu test-interpret gpu-test gpu-there sanitize bench report venv venv-dev clean
 
 export MAKE_GOAL := $(firstword $(MAKECMDGOALS))
 ifdef PYTHON
@@ -17,6 +17,8 @@ BIN := .venv/bin
 GPU_PYTHON ?= $(BIN)/python
 export QUESTION ?= What is the capital of France?
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
+SANITIZE_ARGS ?=
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -39,9 +41,17 @@ test-cpu: venv-dev ## the cpu tier alone (PYTEST_ARGS adds options)
 test-interpret: venv-dev ## Triton's interpreter runs the kernels on the CPU
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpret $(PYTEST_ARGS)
 
-gpu-test: ## the gpu tier, in the environment of GPU_PYTHON
+gpu-there:
 	@$(GPU_PYTHON) -c 'import torch; raise SystemExit(0 if torch.cuda.is_available() else "error: $(GPU_PYTHON) sees no CUDA GPU; run this where there is one, with GPU_PYTHON=python of an environment that has a CUDA build of torch")'
+
+gpu-test: gpu-there ## the gpu tier, in the environment of GPU_PYTHON
 	$(GPU_PYTHON) -m pytest -m gpu --require-gpu $(PYTEST_ARGS)
+
+bench: ## the benchmark suite on a CUDA machine, in the environment of GPU_PYTHON (BENCH_ARGS adds options)
+	$(GPU_PYTHON) benchmarks/suite.py $(BENCH_ARGS)
+
+sanitize: gpu-there ## every kernel under compute-sanitizer, in the environment of GPU_PYTHON
+	$(GPU_PYTHON) tests/sanitize.py $(SANITIZE_ARGS)
 
 report: venv-dev ## plots, tables and the numbers in documents, from benchmarks/bench_results/metrics.csv
 	@$(BIN)/python benchmarks/report.py

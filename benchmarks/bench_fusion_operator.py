@@ -3,6 +3,8 @@
     python benchmarks/bench_fusion_operator.py                              all models, 1 to 64 rows
     python benchmarks/bench_fusion_operator.py --models Qwen3-0.6B --rows 1 4
     python benchmarks/bench_fusion_operator.py --table                      also writes kernels/tuned/ for this GPU
+    python benchmarks/bench_fusion_operator.py --rows 128 256 1024 2048 8192    prefill: norm and cuBLAS, kernels to 128
+    python benchmarks/bench_fusion_operator.py --folded --rows 64 1024 8192     gamma is part of the weight
 
 One CUDA GPU. Prints wins and losses and the worst case; rows go to bench_results/metrics.csv, or to --csv, and the
 table to --table: both while the run goes on, so that SIGTERM or Ctrl-C loses nothing. How it measures:
@@ -22,8 +24,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from harness.fusion_operator import BASELINES, Report, distinct, read_bandwidth
+from harness.fusion_operator import BASELINES, Report, distinct
 from harness.records import METRICS, provenance, write
+from harness.roofs import read_bandwidth
 
 from nanovllm.kernels.fusion_config import ELEMENT_SIZES, OPERATOR, TABLES
 from nanovllm.kernels.jit import gpu_of
@@ -44,7 +47,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends a run as Ctrl-C does
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # the workers compile; a pool of Inductor's would disturb
     shapes = {name: SHAPES[name] for name in args.models}
-    wanted = distinct(cases(shapes, args.rows, args.dtype, args.layers))
+    wanted = distinct(cases(shapes, args.rows, args.dtype, args.layers, folded=args.folded))
     stages = plan(wanted, gpu_of(device), pdl=args.pdl)
     jobs = args.jobs or default_jobs(torch.cuda.mem_get_info(device)[0])
     origin, report = provenance("cuda"), Report(wanted, [], read_bandwidth(device))
@@ -85,10 +88,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=list(ELEMENT_SIZES))
     parser.add_argument("--jobs", type=int, help="processes that compile; default: by cores and memory")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no new case is begun")
+    parser.add_argument("--folded", action="store_true", help="weights with gamma in them; no fused kernel is tried")
     parser.add_argument("--pdl", action="store_true", help="try the candidates as dependent launches")
     parser.add_argument("--table", nargs="?", type=Path, const=TABLES.parent, help=f"folder for {OPERATOR}/DEVICE.json")
     parser.add_argument("--csv", type=Path, default=METRICS)
     args = parser.parse_args()
+    if args.folded and args.table:
+        parser.error("--table takes no --folded: a table does not tell folded weights from others")
     if not torch.cuda.is_available():
         parser.error("needs a CUDA GPU")
     return args

@@ -2,6 +2,7 @@
 
     python benchmarks/report.py            rewrite bench_results/plots/, bench_results/tables.md and the documents
     python benchmarks/report.py --check    rewrite nothing; status 1 and one sentence for everything out of date
+    python benchmarks/report.py --merge ROWS.csv    first take over rows that were measured on another machine
 
 Plots need matplotlib (requirements-dev.txt). The form of a quoted number: reporting/docs.py and reporting/query.py.
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from harness.records import METRICS, Record, read
+from harness.records import METRICS, Record, read, write
 from reporting.docs import ROOT, documents, refresh
 from reporting.series import gpus, slug
 from reporting.tables import tables
@@ -31,8 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Rewrite or check; complaints go to stderr."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="rewrite nothing")
+    parser.add_argument("--merge", nargs="+", type=Path, default=[], help="CSVs whose rows replace those of equal keys")
     args = parser.parse_args(argv)
     try:
+        if missing := [str(path) for path in args.merge if not path.exists()]:
+            raise FileNotFoundError(f"{', '.join(missing)} does not exist: nothing was merged")
+        if args.merge:
+            write([row for path in args.merge for row in read(path)])
         records = read()
         if not records:
             raise ValueError(f"{METRICS} has no rows: run a benchmark first")

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {"engine", "models", "fusion", "layers", "kernels", "loader", "utils"} | CONTRACT,
     "llm": {"llm", "engine", "loader", "utils"} | CONTRACT,
     "async_llm": {"async_llm", "llm", "engine", "loader", "utils"} | CONTRACT,
-    "profiling": {"profiling", "llm"} | CONTRACT,
+    "profiling": {"profiling", "llm", "utils"} | CONTRACT,
     "": {"llm", "async_llm", "fusion"} | CONTRACT,
 }
 BELOW_THE_TOP = set(ALLOWED)
@@ -45,13 +45,17 @@ OUTSIDE = {"benchmarks", "tests", "examples", "scripts"}  # the package never im
 
 # Modules that run without torch, triton and numpy, whatever they import in turn.
 PURE = {f"nanovllm.engine.{name}" for name in ("sequence", "block_manager", "scheduler", "batch")} | {
-    *(f"nanovllm.profiling.{name}" for name in ("trace", "attribute", "facts", "distil", "report", "timeline", "nsys")),
+    *(
+        f"nanovllm.profiling.{name}"
+        for name in ("trace", "recording", "attribute", "facts", "distil", "report", "timeline", "nsys", "ncu", "drive")
+    ),
     "nanovllm",
     "nanovllm.config",
     "nanovllm.outputs",
     "nanovllm.sampling_params",
     "nanovllm.kernels.launch_config",
     "nanovllm.kernels.fusion_config",
+    "nanovllm.tuning.turns",
 }
 HEAVY = {"torch", "triton", "numpy", "transformers"}
 

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nanovllm.profiling.facts import Facts
-from nanovllm.profiling.trace import STEP, WINDOW
+from nanovllm.profiling.recording import Recording
+from nanovllm.profiling.trace import LABELS, STEP, WINDOW, read_trace
+
+CASE = "decode-b1"
 
 FUSED_LAYER = (
     ("gemv_kernel", 4.1, "qkv"), ("_rope_attention_kernel", 3.6, "attention"), ("gemv_kernel", 2.4, "o_proj"),
@@ -40,7 +43,7 @@ def step_kernels(fused: bool, layers: int) -> list[Kernel]:
 def facts(fusion: str, layers: int = 28, **changes: object) -> Facts:
     """Qwen3-0.6B's shape at batch 1."""
     base = Facts(
-        case="decode-b1", fusion=fusion, model="Qwen3-0.6B", device="Synthetic GPU", dtype="bfloat16", element_size=2,
+        case=CASE, fusion=fusion, model="Qwen3-0.6B", device="Synthetic GPU", dtype="bfloat16", element_size=2,
         torch="2.11.0", triton="3.6.0", version="0.1.0", graphs=True, wall_ms_per_step=1.0, copy_gb_s=3000.0,
         num_layers=layers, hidden_size=1024, intermediate_size=3072, num_heads=16, num_kv_heads=8, head_dim=128,
         vocab_size=151936, tokens=1.0, rows=1.0, kv_tokens=150.0,
@@ -91,16 +94,19 @@ def write_nsys(path: Path, steps: Sequence[Sequence[tuple]], *, ranges: bool = T
         if ranges:
             db.execute("insert into NVTX_EVENTS values (?, ?, null, 999)", (launched - 200, step[-1][2] + 100))
     if ranges:
-        db.execute("insert into NVTX_EVENTS values (?, ?, ?, null)", (first - 2000, steps[-1][-1][2] + 2000, WINDOW))
+        db.execute(
+            "insert into NVTX_EVENTS values (?, ?, ?, null)",
+            (first - 2000, steps[-1][-1][2] + 2000, f"{WINDOW} {CASE}"),
+        )
     db.commit()
     db.close()
     return path
 
 
-def write_torch(path: Path, steps: Sequence[Sequence[tuple]]) -> Path:
+def write_torch(path: Path, steps: Sequence[Sequence[tuple]], case: str = CASE) -> Path:
     """The same as a Chrome trace: microseconds with fractions."""
     first, last = steps[0][0][1] - 2000, steps[-1][-1][2] + 2000
-    items = [_item("user_annotation", WINDOW, first, last)]
+    items = [_item("user_annotation", f"{WINDOW} {case}", first, last)]
     for k, step in enumerate(steps):
         launched = step[0][1] - 500
         items.append(_item("user_annotation", STEP, launched - 200, step[-1][2] + 100))
@@ -122,3 +128,44 @@ def _item(category: str, name: str, start: int, end: int, **arguments: int) -> d
         "dur": (end - start) / 1000,
         "args": arguments,
     }
+
+
+MODULES = {
+    "prepare": "model.embed_tokens", "norm": "model.layers.{}.input_layernorm", "final norm": "model.norm",
+    "qkv": "model.layers.{}.self_attn.qkv_proj", "rope": "model.layers.{}.self_attn.rope",
+    "attention": "model.layers.{}.self_attn.attention", "o_proj": "model.layers.{}.self_attn.o_proj",
+    "gate_up": "model.layers.{}.mlp.gate_up_proj", "activation": "model.layers.{}.mlp.act",
+    "down": "model.layers.{}.mlp.down_proj", "head": "lm_head",
+}  # fmt: skip
+
+
+def step_layers(fused: bool, layers: int) -> list[int | None]:
+    """The layer of every kernel of `step_kernels`."""
+    middle = [layer for layer in range(layers) for _ in (FUSED_LAYER if fused else PLAIN_LAYER)]
+    return [*[None] * len(EMBED), *middle, *[None] * len(FUSED_HEAD if fused else HEAD)]
+
+
+def add_labels(path: Path, kernels: Sequence[Kernel], layers: Sequence[int | None]) -> None:
+    """One step more in an nsys export: every kernel launched by itself, inside the range of its module."""
+    db = sqlite3.connect(path)
+    known = dict(db.execute("select value, id from StringIds"))
+    (begin,) = db.execute("select max(end) + 1000 from NVTX_EVENTS").fetchone()
+    clock = begin + 1000
+    for i, ((name, length, role), layer) in enumerate(zip(kernels, layers, strict=True)):
+        launched, end, module = begin + 10 * i + 3, clock + round(length * 1000), MODULES.get(role, "").format(layer)
+        if module:
+            outer = f"model.layers.{layer}" if layer is not None else "model"
+            for part in (outer, module):
+                db.execute("insert into NVTX_EVENTS values (?, ?, ?, null)", (launched - 2, launched + 2, part))
+        db.execute("insert into CUPTI_ACTIVITY_KIND_RUNTIME values (?, ?, ?, 0)", (launched, launched + 1, 90000 + i))
+        values = (clock, end, 90000 + i, known[name])
+        db.execute("insert into CUPTI_ACTIVITY_KIND_KERNEL values (?, ?, 7, ?, ?, 0, null)", values)
+        clock = end
+    db.execute("insert into NVTX_EVENTS values (?, ?, ?, null)", (begin, clock + 1000, f"{LABELS} {CASE}"))
+    db.commit()
+    db.close()
+
+
+def recording(path: Path, facts: Facts, counters: str = "") -> Recording:
+    """A written trace with its facts."""
+    return Recording(facts, read_trace(path), counters)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from engine_lives import random_life
-from test_model_parity import teacher_forced
+from teacher_forcing import teacher_forced
 from tiny_models import CASES, reference_logits, save_model
 
 from nanovllm import LLM, SamplingParams
@@ -120,6 +120,8 @@ def test_fused_equals_unfused_in_fp32(case: str, tmp_path: Path) -> None:
 def test_contexts_that_outgrow_the_short_graphs(tmp_path: Path) -> None:
     """A sequence that crosses the short graphs' limit goes on in the other graph with the same tokens as unfused."""
     save_model("qwen3", tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 1024}))
     prompts = sequences([SHORT_CONTEXT - 9, 30], 211)
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     results = []

@@ -101,7 +101,12 @@ def test_groups_are_the_expected_ones(family: str) -> None:
         assert g.form is not None and g.form.plus_one == (family == "gemma") and g.form.gamma == "weight"
         assert g.form.eps == (1e-5 if family == "phi3" else 1e-6)
     assert groups[0].bias == (family in ("qwen2", "llama_bias")) and groups[1].bias == (family == "llama_bias")
-    assert (groups[1].n, groups[1].k, groups[1].bytes_saved(10)) == (192, 64, (1 + len(second)) * 10 * 64 * 4)
+    gated = family != "gemma"  # whose GELU stays where it is
+    assert (groups[1].n, groups[1].outputs, groups[1].k) == (192, 96 if gated else 192, 64)
+    assert [g.activation for g in groups] == [None, "swiglu" if gated else None] * 3 + [None]
+    assert not any(g.gate_reasons for g in groups)
+    saved = (1 + len(second)) * 64 + (3 * 2 * 96 if gated else 0)  # gate, silu(gate), up: each written and read
+    assert groups[1].bytes_saved(10) == 10 * saved * 4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -290,7 +295,9 @@ def test_report() -> None:
     assert [(p.count, p.n, p.k, p.fused) for p in before.patterns] == [
         (3, 256, 64, False), (3, 192, 64, False), (1, 211, 64, False),
     ]  # fmt: skip
-    assert before.bytes_saved == 3 * (4 + 3) * 64 * 4  # rows of 64 floats: written once, read by 3 and by 2 linears
+    # Rows of 64 floats: written once, read by 3 and by 2 linears; three rows of 96 written and read.
+    assert before.bytes_saved == 3 * ((4 + 3) * 64 + 3 * 2 * 96) * 4
+    assert "post_attention_layernorm → gate_proj, up_proj → swiglu: can be fused" in text
     assert "model.layers.*.input_layernorm → q_proj, k_proj, v_proj: can be fused" in text
     assert "model.norm → lm_head: left alone" in text and "its output leaves model" in text
     fuse(model)
@@ -495,6 +502,7 @@ SPOILT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "strides": (lambda: block(plain, strided), "b.weight is not contiguous"),
     "float64": (lambda: Block().double(), "dtype torch.float64 is none of"),
     "leaves its module": (Wrapped, "its output leaves base"),
+    "as wide": (lambda: nn.Sequential(RMSNorm(), nn.Linear(16, 16)), "16 outputs are as wide as its input"),
     "scripted reader": (
         lambda: block(plain, lambda m: setattr(m, "b", torch.jit.script(m.b))),
         "also read by aten",
@@ -552,7 +560,7 @@ CLEAN: dict[str, Callable[[], nn.Module]] = {
     "flattened": lambda: block(lambda m, x, h: plain(m, x, h.flatten(0, 1))),
     "dropout": lambda: block(lambda m, x, h: plain(m, x, m.drop(h)), lambda m: setattr(m, "drop", nn.Dropout(0.5))),
     "looped": lambda: block(lambda m, x, h: plain(m, x, h) + plain(m, x, m.norm(2 + x))),
-    "one linear": lambda: nn.Sequential(RMSNorm(), nn.Linear(16, 16)),
+    "one linear": lambda: nn.Sequential(RMSNorm(), nn.Linear(16, 24)),
     "no literal eps": lambda: Block(EpsOfDtype()),
 }
 

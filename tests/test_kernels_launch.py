@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from nanovllm.kernels import jit, launch_config, norm, reference
+from nanovllm.kernels import cpu_linear, jit, launch_config, norm, reference
 from nanovllm.kernels.decode_attention import decode_attention
 from nanovllm.kernels.kv_cache import check_cache
 from nanovllm.kernels.launch_config import (
@@ -158,3 +158,13 @@ def test_cuda_without_triton_falls_back_with_a_warning(
 
 def test_launch_config_is_pure() -> None:
     assert not {"torch", "triton"} & set(vars(launch_config))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cpus_without_avx512_do_not_pack_bfloat16(dtype: torch.dtype) -> None:
+    """What is said to be packable is: loading a model in bfloat16 failed on CPUs whose oneDNN has no such kernels."""
+    x, weight = torch.randn(3, 64).to(dtype), torch.randn(48, 64).to(dtype)
+    if cpu_linear.can_pack(weight):
+        y = cpu_linear.packed_linear(x, cpu_linear.pack(weight), None)
+        torch.testing.assert_close(y, torch.nn.functional.linear(x, weight))
+    assert cpu_linear.can_pack(weight) or dtype != torch.float32

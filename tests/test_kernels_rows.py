@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kernel_checks import judge, norm_weight, outliers, tiers
 
-from nanovllm.kernels.activation import silu_mul
+from nanovllm.kernels.activation import rms_silu_mul, silu_mul
 from nanovllm.kernels.kv_cache import store_kv
 from nanovllm.kernels.norm import add_rms_norm, rms_norm
 from nanovllm.kernels.rope import qk_norm_rope_store
@@ -20,15 +21,17 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def truth_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def truth_norm(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     x = x.double().cpu()
-    return x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight.double().cpu()
+    return x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * (1 if weight is None else weight.double().cpu())
 
 
-def torch_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def torch_norm(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     """The eager code of Hugging Face's models."""
     wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+    return (1 if weight is None else weight) * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(
+        x.dtype
+    )
 
 
 @tiers(small=[(1, 64), (3, 100), (2, 1024)], large=[(1, 576), (130, 1000), (33, 4096), (5, 8192)])
@@ -37,7 +40,8 @@ def test_rms_norm(device: str, dtype: torch.dtype, case: tuple[int, int]) -> Non
     x[-1] *= 1e-5  # so small that eps decides
     if case[0] > 2:
         x[1] = 0
-    judge(rms_norm(x, weight, EPS), truth_norm(x, weight), torch_norm(x, weight))
+    for gamma in (weight, None):
+        judge(rms_norm(x, gamma, EPS), truth_norm(x, gamma), torch_norm(x, gamma))
 
 
 @tiers(small=[(3, 100)], large=[(130, 1024), (7, 5120)])
@@ -68,12 +72,39 @@ def test_silu_mul(device: str, dtype: torch.dtype, case: tuple[int, ...]) -> Non
     judge(silu_mul(x), truth, torch.nn.functional.silu(gate) * up)
 
 
+# (rows, K, I, bias); in the interpreter the last one has two blocks a program, and one for the third program
+RMS_SILU = [(1, 64, 50, False), (3, 100, 1100, True), (26, 40, 4200, True)]
+RMS_SILU_LARGE = [(130, 1024, 3072, False), (4, 5000, 1000, True), (2100, 576, 1536, True)]
+
+
+@tiers(small=RMS_SILU, large=RMS_SILU_LARGE)
+def test_rms_silu_mul(device: str, dtype: torch.dtype, case: tuple[int, int, int, bool]) -> None:
+    """Products of rows that no norm has scaled: the scale is made up for. Strided rows of both."""
+    rows, k, width, with_bias = case
+    x = outliers(rows, k + 8, dtype=dtype, device=device)[:, :k]
+    if rows > 2:
+        x[1], x[2] = 0, x[2] * 1e-5  # so small that eps decides
+    scale = (x.double().square().mean(-1, keepdim=True) + EPS).sqrt()
+    y = torch.randn(rows, 2 * width + 8).to(device) * scale  # as large as x, outliers and all
+    y = y.to(dtype)[:, : 2 * width]
+    bias = torch.randn(2 * width).to(dtype).to(device) if with_bias else None
+    normed = y.double() / scale + (0 if bias is None else bias.double())
+    gate, up = normed.cpu().chunk(2, dim=-1)
+    rounded_gate, rounded_up = normed.to(dtype).chunk(2, dim=-1)
+    judge(rms_silu_mul(y, x, EPS, bias), gate * torch.sigmoid(gate) * up, F.silu(rounded_gate) * rounded_up)
+
+
+def test_rms_silu_mul_wants_rows_that_match() -> None:
+    with pytest.raises(ValueError, match="for the rows of x"):
+        rms_silu_mul(torch.ones(2, 8), torch.ones(3, 4), EPS)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_no_rows(device: str) -> None:
     x, weight = torch.zeros(0, 64, device=device), torch.ones(64, device=device)
     assert rms_norm(x, weight, EPS).shape == (0, 64)
     assert add_rms_norm(x, x, weight, EPS)[1].shape == (0, 64)
-    assert silu_mul(x).shape == (0, 32)
+    assert silu_mul(x).shape == rms_silu_mul(x, x, EPS).shape == (0, 32)
 
 
 def cache_pair(blocks: int, heads: int, page: int, dim: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:

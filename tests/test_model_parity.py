@@ -1,8 +1,4 @@
-"""Every family and RoPE rule against Hugging Face: teacher-forced logits through the engine, fp32, within 1e-5.
-
-The engine is driven through its public API: a logits processor records each row of logits and forces the next token,
-so chunked prefill, paging and decoding all take part in what is compared.
-"""
+"""Every family and RoPE rule against Hugging Face: teacher-forced logits through the engine, fp32, within 1e-5."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from teacher_forcing import teacher_forced
 from tiny_models import CASES, reference_logits, save_model
 
 from nanovllm import LLM, SamplingParams
@@ -18,33 +15,6 @@ TOLERANCE = 1e-5
 ENGINE = dict(
     kvcache_block_size=8, num_kvcache_blocks=96, max_num_batched_tokens=40, max_num_seqs=8, show_progress=False
 )
-
-
-class Teacher:
-    """Records the logits of every step and forces `tokens`, one after the other."""
-
-    def __init__(self, tokens: list[int]) -> None:
-        self.tokens, self.rows = tokens, []
-
-    def __call__(self, prompt: list[int], output: list[int], logits: torch.Tensor) -> torch.Tensor:
-        self.rows.append(logits.clone())
-        forced = torch.full_like(logits, float("-inf"))
-        forced[self.tokens[len(output)]] = 0.0
-        return forced
-
-
-def teacher_forced(llm: LLM, sequences: list[list[int]], prompt_lens: list[int]) -> list[torch.Tensor]:
-    """Logits [T - prompt_len + 1, vocab] of each sequence from its prompt's last token on, in one batch."""
-    teachers = [Teacher([*seq[n:], 0]) for seq, n in zip(sequences, prompt_lens, strict=True)]
-    params = [
-        SamplingParams(temperature=0, max_tokens=len(t.tokens), ignore_eos=True, logits_processors=[t])
-        for t in teachers
-    ]
-    prompts = [seq[:n] for seq, n in zip(sequences, prompt_lens, strict=True)]
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    for output, teacher in zip(outputs, teachers, strict=True):
-        assert output.outputs[0].token_ids == teacher.tokens, output.error
-    return [torch.stack(teacher.rows) for teacher in teachers]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -15,15 +15,31 @@ import pytest
 
 from nanovllm.profiling import report, timeline
 from nanovllm.profiling.attribute import Place, attribute, find_layers, layer_roles
-from nanovllm.profiling.distil import Profile, distil, exposed_and_gaps, representative
+from nanovllm.profiling.distil import Profile, distil, exposed_and_gaps, make_steps, representative
 from nanovllm.profiling.facts import Facts, bytes_by_role
-from nanovllm.profiling.trace import STEP, WINDOW, Event, Range, Trace, read_trace, short_name, split_steps, window
+from nanovllm.profiling.recording import Recording, cut, load, load_all, save
+from nanovllm.profiling.trace import (
+    LABELS,
+    STEP,
+    WINDOW,
+    Event,
+    Labelled,
+    Range,
+    Trace,
+    labelled,
+    read_trace,
+    short_name,
+    split_steps,
+    window,
+)
+
+COUNTS, TWIN = f"{WINDOW} {synthetic.CASE}", f"{LABELS} {synthetic.CASE}"
 
 
 def profile_of(tmp_path: Path, fused: bool, *, layers: int = 28, gap: float = 1.0, steps: int = 6) -> Profile:
     parts = synthetic.schedule(synthetic.step_kernels(fused, layers), steps, gap, host=20.0)
     path = synthetic.write_nsys(tmp_path / f"{fused}.sqlite", parts)
-    return distil(read_trace(path), synthetic.facts("auto" if fused else "off", layers))
+    return distil(synthetic.recording(path, synthetic.facts("auto" if fused else "off", layers)))
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -31,8 +47,8 @@ def profile_of(tmp_path: Path, fused: bool, *, layers: int = 28, gap: float = 1.
 
 def test_both_sources_read_alike(tmp_path: Path) -> None:
     parts = synthetic.schedule(synthetic.step_kernels(True, 3), 2, 0.5, host=9.0)
-    nsys = window(read_trace(synthetic.write_nsys(tmp_path / "a.sqlite", parts)))
-    torch = window(read_trace(synthetic.write_torch(tmp_path / "a.json", parts)))
+    nsys = window(read_trace(synthetic.write_nsys(tmp_path / "a.sqlite", parts)), COUNTS)
+    torch = window(read_trace(synthetic.write_torch(tmp_path / "a.json", parts)), COUNTS)
     assert (nsys.source, torch.source) == ("nsys", "torch.profiler")
     assert nsys.events == torch.events and nsys.ranges == torch.ranges
     assert len(nsys.events) == sum(map(len, parts))  # the kernel before the window is gone
@@ -80,6 +96,10 @@ def test_missing_trace(tmp_path: Path) -> None:
             "vectorized_elementwise_kernel<CUDAFunctor_add>",
         ),
         ("void (anonymous namespace)::softmax_warp_forward<float>(float*)", "softmax_warp_forward"),
+        (
+            "void at::native::<unnamed>::indexSelectSmallIndex<c10::BFloat16, long, unsigned int>(int)",
+            "indexSelectSmallIndex",
+        ),
     ],
 )
 def test_short_names(demangled: str, short: str) -> None:
@@ -101,8 +121,11 @@ def test_no_steps() -> None:
     event = Event("a", "kernel", 5, 50, launched=4)
     with pytest.raises(ValueError, match="no range named"):
         split_steps(Trace("nsys", (event,), ()))
+    with pytest.raises(ValueError, match=f"no range named '{COUNTS}'"):
+        distil(Recording(synthetic.facts("off"), Trace("nsys", (event,), ())))
+    empty = Trace("nsys", (event,), (Range(COUNTS, 100, 200), Range(STEP, 101, 150)))
     with pytest.raises(ValueError, match="no kernel ran inside a recorded step"):
-        distil(Trace("nsys", (event,), (Range(WINDOW, 100, 200), Range(STEP, 101, 150))), synthetic.facts("off"))
+        distil(Recording(synthetic.facts("off"), empty))
 
 
 # ------------------------------------------------------------------------------------------------------ attribution
@@ -155,6 +178,77 @@ def test_nothing_repeats() -> None:
     assert attribute([], 28) == []
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_labelled_step_places_kernels_whatever_they_are_called(tmp_path: Path, fused: bool) -> None:
+    """The roles of a chain whose kernels are all called the same, which no rule of names or order could tell."""
+    layers = 5
+    kernels = [("k", length, role) for _, length, role in synthetic.step_kernels(fused, layers)]
+    path = synthetic.write_nsys(tmp_path / "a.sqlite", synthetic.schedule(kernels, 3, 0.5, host=9.0))
+    synthetic.add_labels(path, kernels, synthetic.step_layers(fused, layers))
+    profile = distil(synthetic.recording(path, synthetic.facts("auto", layers)))
+    assert [p.place.role for p in profile.median.placed] == [role for _, _, role in kernels]
+    assert [p.place.layer for p in profile.median.placed] == synthetic.step_layers(fused, layers)
+    assert profile.layers_found and len(profile.steps) == 2, "the labelled step is none of the recorded ones"
+
+
+def test_labels_are_the_ranges_at_the_time_of_the_launch(tmp_path: Path) -> None:
+    kernels = synthetic.step_kernels(False, 2)
+    path = synthetic.write_nsys(tmp_path / "a.sqlite", synthetic.schedule(kernels, 2, 0.5, host=9.0))
+    assert labelled(read_trace(path), TWIN) == []
+    synthetic.add_labels(path, kernels, synthetic.step_layers(False, 2))
+    found = labelled(read_trace(path), TWIN)
+    assert [kernel.name for kernel in found] == [name for name, _, _ in kernels]
+    assert found[2] == Labelled(kernels[2][0], ("model.layers.0", "model.layers.0.self_attn.qkv_proj"))
+    assert found[-1].ranges == (), "nobody's range is open behind the head"
+
+
+def test_steps_that_differ_from_their_labelled_twin() -> None:
+    """Another batch size: other names for some kernels, one linear split in two."""
+    kernels = synthetic.step_kernels(False, 3)
+    layers = synthetic.step_layers(False, 3)
+    twin = [
+        Labelled(name, (synthetic.MODULES[role].format(layer),) if role in synthetic.MODULES else ())
+        for (name, _, role), layer in zip(kernels, layers, strict=True)
+    ]
+    names = [name for name, _, _ in kernels]
+    down = 1 + 2 * 10 - 1  # of layer 1
+    names[down : down + 1] = ["another_gemm", "splitKreduce_kernel"]
+    names[3] = "renamed"
+    places = attribute(names, 3, twin)
+    assert places[3] == Place(0, "rope")
+    assert places[down] == places[down + 1] == Place(1, "down") and places[down + 2] == Place(2, "norm")
+    assert [p.role for p in places[-4:]] == ["final norm", "head", "sample", "sample"]
+
+
+def test_an_unfused_linear_keeps_its_norm_and_activation() -> None:
+    path = "model.layers.0.mlp.gate_up_proj"
+    own = [Labelled(name, (path,)) for name in ("_rms_norm_kernel", "nvjet", "_silu_mul_kernel")]
+    twin = [*own, Labelled("gather", ("model",)), Labelled("_rms_norm_kernel", ("lm_head",)), Labelled("pick", ())]
+    places = attribute([kernel.name for kernel in twin], 1, twin)
+    assert [(p.layer, p.role) for p in places] == [
+        (0, "norm"), (0, "gate_up"), (0, "activation"), (None, "final norm"), (None, "head"), (None, "sample"),
+    ]  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------- recordings
+
+
+def test_a_recording_survives_its_file(tmp_path: Path) -> None:
+    kernels = synthetic.step_kernels(True, 28)
+    path = synthetic.write_nsys(tmp_path / "a.sqlite", synthetic.schedule(kernels, 32, -0.5, host=9.0))
+    synthetic.add_labels(path, kernels, synthetic.step_layers(True, 28))
+    whole = read_trace(path)
+    recording = Recording(synthetic.facts("auto"), cut(whole, synthetic.CASE), "no counters")
+    file = save(recording, tmp_path)
+    assert load(file) == recording and file.stat().st_size < 100_000
+    assert len(recording.trace.events) == 33 * len(kernels) == len(whole.events) - 1, "the stray kernel is cut off"
+    save(Recording(synthetic.facts("off"), recording.trace), tmp_path)
+    assert [r.facts.fusion for r in load_all(tmp_path)[synthetic.CASE]] == ["off", "auto"]
+    (tmp_path / "other.profile.json.gz").write_bytes(b"no gzip")
+    with pytest.raises(ValueError, match="is no recorded profile"):
+        load_all(tmp_path)
+
+
 # ----------------------------------------------------------------------------------------------------------- accounts
 
 
@@ -184,10 +278,10 @@ def test_rows_add_up_to_the_step(tmp_path: Path, fused: bool, gap: float) -> Non
 
 def test_isolated_steps_begin_with_their_request(tmp_path: Path) -> None:
     parts = synthetic.schedule(synthetic.step_kernels(False, 4), 3, 0.0, host=500.0)
-    trace = read_trace(synthetic.write_nsys(tmp_path / "a.sqlite", parts))
-    profile = distil(trace, synthetic.facts("off", 4), isolated=True)
-    assert len(profile.steps) == 3
-    assert all(step.placed[0].gap == 700 for step in profile.steps)  # from the range to its first kernel
+    trace = window(read_trace(synthetic.write_nsys(tmp_path / "a.sqlite", parts)), COUNTS)
+    steps, layered = make_steps(split_steps(trace), 4, isolated=True)
+    assert len(steps) == 3 and layered
+    assert all(step.placed[0].gap == 700 for step in steps)  # from the range to its first kernel
 
 
 def test_the_median_step_has_the_commonest_kernels(tmp_path: Path) -> None:
@@ -260,8 +354,8 @@ def test_timeline_is_one_file_with_all_kernels(tmp_path: Path) -> None:
 
 def test_timeline_escapes_names(tmp_path: Path) -> None:
     parts = synthetic.schedule([("</script><b>", 2.0, ""), *synthetic.step_kernels(True, 2)], 3, 0.1, host=1.0)
-    trace = read_trace(synthetic.write_nsys(tmp_path / "a.sqlite", parts))
-    page = timeline.render([distil(trace, synthetic.facts("off", 2, model="<i>&"))])
+    path = synthetic.write_nsys(tmp_path / "a.sqlite", parts)
+    page = timeline.render([distil(synthetic.recording(path, synthetic.facts("off", 2, model="<i>&")))])
     assert page.count("</script>") == 1 and "<i>&" not in page and "&lt;i&gt;&amp;" in page
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -16,14 +17,15 @@ from typing import Any
 
 import profiling_traces as synthetic
 import pytest
+import tiny_models
+from profiling import capture as benchmark
 
 from nanovllm.cli import main
-from nanovllm.profiling import capture, nsys
-from nanovllm.profiling.child import Window, drive
-from nanovllm.profiling.distil import distil
+from nanovllm.profiling import capture, child, ncu, nsys
+from nanovllm.profiling.drive import Free, Recorder, Running, measure
 from nanovllm.profiling.facts import CASES
 from nanovllm.profiling.files import write_whole
-from nanovllm.profiling.trace import STEP, WINDOW, read_trace
+from nanovllm.profiling.trace import LABELS, STEP, WINDOW, Labelled, Trace, read_trace
 from nanovllm.utils import nvtx
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,9 +36,13 @@ class FakeEngine:
 
     def __init__(self, log: list[str]) -> None:
         self.log, self.running, self.made = log, [], []
+        self.scheduler = self
+        self.runner = SimpleNamespace(graphs=None)
 
     def make_request(self, prompt: list[int], params: Any) -> SimpleNamespace:
-        request = SimpleNamespace(request_id=str(len(self.made)), prompt=prompt, left=params.max_tokens, fresh=True)
+        request = SimpleNamespace(
+            request_id=str(len(self.made)), prompt=prompt, left=params.max_tokens, fresh=True, num_tokens=len(prompt)
+        )
         self.made.append(request)
         return request
 
@@ -47,11 +53,14 @@ class FakeEngine:
     def has_unfinished(self) -> bool:
         return bool(self.running)
 
-    def step(self) -> SimpleNamespace:
+    def step(self) -> SimpleNamespace | None:
+        if not self.running:
+            return None
         fresh = [r for r in self.running if r.fresh]
         for request in fresh or self.running:
             request.fresh = False
             request.left -= 1
+            request.num_tokens += 1
         self.log.append("prefill" if fresh else "decode")
         prefill = sum(len(r.prompt) for r in fresh)
         tokens = prefill or len(self.running)
@@ -62,8 +71,8 @@ class FakeEngine:
         self.running = [r for r in self.running if r.request_id != request_id]
 
 
-def fake_window(log: list[str]) -> Window:
-    """Marks and calls go to `log`; every look at the clock costs a second."""
+def fake_recorder(log: list[str], each: bool = False) -> Recorder:
+    """Marks and calls go to `log`; every look at the clock costs a second. `each`: windows are recorded apart."""
 
     @contextlib.contextmanager
     def mark(name: str) -> Iterator[None]:
@@ -73,39 +82,111 @@ def fake_window(log: list[str]) -> Window:
 
     ticks = iter(range(1000))
     calls = {name: (lambda name=name: log.append(name)) for name in ("sync", "start", "stop")}
-    return Window(mark, calls["sync"], calls["start"], calls["stop"], clock=lambda: next(ticks))
+    stop = calls["stop"] if each else None
+    return Recorder(mark, calls["sync"], calls["start"], stop, clock=lambda: next(ticks))
+
+
+def between(log: list[str], name: str) -> list[str]:
+    return log[log.index(f"<{name}") : log.index(f"{name}>")]
 
 
 @pytest.mark.parametrize("name", ["decode-b1", "decode-b16"])
 def test_a_decode_window_holds_decode_steps_only(name: str) -> None:
     case, log = CASES[name], []
     engine = FakeEngine(log)
-    counts = drive(engine, case, fake_window(log), vocab_size=100)
-    inside = log[log.index(f"<{WINDOW}") : log.index(f"{WINDOW}>")]
+    running = Running(engine, case, 100, case.steps)
+    counts = fake_recorder(log).steps(running)
+    inside = between(log, f"{WINDOW} {name}")
     assert inside.count("decode") == inside.count(f"<{STEP}") == case.steps == counts.steps
-    assert "prefill" not in inside and log.count("prefill") == 1 and not engine.running
+    assert "prefill" not in inside and log.count("prefill") == 1
     assert log[log.index("start") - 1] == "sync" and inside[-1] == "sync", "an idle device on both sides"
-    assert counts.tokens == case.batch * case.steps and counts.wall_s == 1
+    assert counts.tokens == counts.rows == case.batch * case.steps and counts.wall_s == 1
     assert all(len(r.prompt) == 128 and max(r.prompt) < 100 for r in engine.made)
-    # By hand: after 12 warm-up steps the k-th step sees 128 + 12 + k + 1 keys of each sequence.
-    assert counts.kv_tokens == case.batch * (case.steps * 141 + case.steps * (case.steps - 1) // 2)
+    # By hand: behind the prompt's own token and 12 warm-up steps the k-th step sees 128 + 13 + k keys of each sequence.
+    exact = case.batch * sum(141 + k for k in range(case.steps))
+    assert counts.kv_tokens == pytest.approx(exact, rel=0.01)
+    running.close()
+    assert not engine.running
 
 
 def test_prefill_records_one_request_a_step() -> None:
     case, log = CASES["prefill-2048"], []
-    counts = drive(FakeEngine(log), case, fake_window(log), vocab_size=10**6)
-    inside = log[log.index(f"<{WINDOW}") : log.index(f"{WINDOW}>")]
-    assert inside.count("prefill") == case.steps and log.count("prefill") == case.steps + 3
+    counts = fake_recorder(log).steps(Running(FakeEngine(log), case, 10**6, case.steps))
+    inside = between(log, f"{WINDOW} prefill-2048")
+    assert inside.count("prefill") == case.steps and log.count("prefill") == case.steps + case.warm
     assert (counts.tokens, counts.rows, counts.steps) == (2048 * case.steps, case.steps, case.steps)
+    assert counts.kv_tokens == 0, "not known"
 
 
 def test_the_workload_is_nano_vllms() -> None:
-    """Its published totals: 142,827 prompt tokens and 133,966 output tokens."""
+    """Its published totals: 142,827 prompt tokens and 133,966 output tokens. The slice is its middle."""
+    case, log = CASES["workload"], []
+    engine = FakeEngine(log)
+    running = Running(engine, case, 10**6, case.steps)
+    assert sum(len(r.prompt) for r in engine.made) == 142_827
+    assert sum(r.left + r.num_tokens - len(r.prompt) for r in engine.made) == 133_966
+    counts = fake_recorder(log).steps(running)
+    rows = counts.tokens / counts.steps
+    assert 0.8 < rows / (133_966 / 1023) < 1.25, "as many requests as in the mean of all steps"
+    assert 700 < counts.kv_tokens / counts.tokens < 1100, "with contexts of about 900 tokens"
+
+
+def test_a_case_that_ends_early_says_so() -> None:
+    running = Running(FakeEngine([]), CASES["decode-b1"], 100, 1)
+    with pytest.raises(ValueError, match="decode-b1 ended before its steps had run"):
+        for _ in range(99):
+            running.step()
+
+
+def test_recording_starts_once_or_around_every_window() -> None:
+    for each, expected in ((False, ["start"]), (True, ["start", "stop", "start", "stop"])):
+        log: list[str] = []
+        recorder = fake_recorder(log, each)
+        for name in ("decode-b1", "prefill-2048"):
+            recorder.labels(Running(FakeEngine(log), CASES[name], 100, 1))
+        assert [word for word in log if word in ("start", "stop")] == expected
+
+
+def test_the_labelled_step_is_what_the_graph_recorded() -> None:
+    """A graph's step is run operation by operation at the graph's own size; without graphs any step is."""
     log: list[str] = []
     engine = FakeEngine(log)
-    counts = drive(engine, CASES["workload"], fake_window(log), vocab_size=10**6)
-    assert sum(len(r.prompt) for r in engine.made[32:]) == 142_827 and counts.rows == 133_966
-    assert counts.steps == log[log.index(f"<{WINDOW}") :].count("decode") + 1 and not engine.running
+    graphs = SimpleNamespace(size_for=lambda n: 24, context_for=lambda size, context: 512 if context < 512 else 4096)
+    ran: list[tuple[int, int]] = []
+    engine.runner = SimpleNamespace(graphs=graphs, decode_and_sample=lambda *size: ran.append(size))
+    recorder = fake_recorder(log)
+    recorder.labels(Running(engine, CASES["decode-b16"], 100, 1))
+    assert ran == [(24, 512)] and between(log, f"{LABELS} decode-b16") == [f"<{LABELS} decode-b16", "sync"]
+    engine.runner.graphs = None
+    recorder.labels(Running(engine, CASES["decode-b1"], 100, 1))
+    assert "decode" in between(log, f"{LABELS} decode-b1") and len(ran) == 1
+
+
+def test_free_steps_tell_the_host_from_the_device() -> None:
+    """By a clock of their own: every step waits 2 s for the device and works for 1; the graph is timed apart."""
+    engine = FakeEngine([])
+    now = [0.0]
+    done = SimpleNamespace(synchronize=lambda: now.__setitem__(0, now[0] + 2))
+
+    class Runner:
+        graphs = SimpleNamespace(size_for=lambda n: n, context_for=lambda *_: 512, replay=lambda *_: None)
+
+        def collect(self, step: object) -> str:
+            return "collected"
+
+    plain = engine.step
+    engine.runner = Runner()
+
+    def step() -> SimpleNamespace | None:
+        assert engine.runner.collect(SimpleNamespace(done=done)) == "collected"
+        now[0] += 1
+        return plain()
+
+    engine.step = step
+    running = Running(engine, CASES["decode-b1"], 100, 20)
+    free = measure(running, 20, lambda: None, lambda function, times: function() or 7.0, clock=lambda: now[0])
+    assert free == Free(step_us=3e6, wait_us=2e6, graph_us=7.0)
+    assert "collect" not in vars(engine.runner), "the engine is left as it was"
 
 
 # ------------------------------------------------------------------------------------------------------ what goes wrong
@@ -133,7 +214,7 @@ def test_no_nsys() -> None:
 
 def test_nsys_is_found_inside_nsight_compute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert nsys.find_nsys(tmp_path) is None and nsys.find_ncu(tmp_path) is None
+    assert nsys.find_nsys(tmp_path) is None and ncu.find_ncu(tmp_path) is None
     for version in ("2025.1", "2025.3"):
         host = tmp_path / "nsight-compute" / version / "host"
         for folder, name in (("target-linux-x64", "nsys"), ("linux-desktop-glibc_2_11_3-x64", "QdstrmImporter")):
@@ -202,26 +283,45 @@ def test_an_interrupt_ends_the_whole_group(tmp_path: Path) -> None:
     assert not (tmp_path / "survived").exists()
 
 
-def test_ncu_table() -> None:
-    said = (
-        "==PROF== Connected\nsome engine output, with commas\n"
-        '"ID","Kernel Name","dram__bytes_read.sum","dram__bytes_write.sum","gpu__time_duration.sum"\n'
-        '"","","Mbyte","Kbyte","us"\n'
-        '"0","gemv_kernel","12.0","8.0","4.0"\n'
-        '"1","void f::norm<float>(int)","1.0","0","2.0"\n"2","gemv_kernel","14.0","8.0","6.0"\n'
-    )
-    first, second = nsys.parse_ncu(said)
-    assert (first.kernel, first.launches, first.us, first.bytes_read) == ("gemv_kernel", 2, 5.0, 13e6)
-    assert first.gb_s == pytest.approx((13e6 + 8e3) / 5e-6 / 1e9) and second.kernel == "norm"
+NCU = (
+    "==PROF== Connected\nsome engine output, with commas\n"
+    '"ID","Kernel Name","thread Domain:Push/Pop_Range:PL_Type","dram__bytes_read.sum","dram__bytes_write.sum",'
+    '"dram__throughput.avg.pct_of_peak_sustained_elapsed","gpu__time_duration.sum",'
+    '"sm__warps_active.avg.pct_of_peak_sustained_active"\n'
+    '"","","","Mbyte","Kbyte","%","us","%"\n'
+    '"0","gemv_kernel","""<default domain>:nanovllm.labels decode-b1:none""","12.0","8.0","60","4.0","40"\n'
+    '"1","void f::norm<float>(int)","""<default domain>:nanovllm.labels decode-b1:none""","1.0","0","5","2.0","20"\n'
+    '"2","gemv_kernel","""<default domain>:nanovllm.labels decode-b1:none""","1,014.0","8.0","70","6,000.0","50"\n'
+    '"3","gemm","""<default domain>:nanovllm.labels decode-b16:none""","1.0","8.0","70","6,000.0","50"\n'
+)
+
+
+def test_ncu_counts_kernels_by_case_and_role() -> None:
+    tables = ncu.split(NCU, ["decode-b1", "decode-b16", "prefill-2048"])
+    assert list(tables) == ["decode-b1", "decode-b16"]
+    layer = "model.layers.0.self_attn"
+    twin = [Labelled("gemv_kernel", (f"{layer}.qkv_proj",)), Labelled("norm", ("model.norm",)),
+            Labelled("gemv_kernel", ("lm_head",))]  # fmt: skip
+    head, qkv, norm = ncu.count(tables["decode-b1"], twin)
+    assert (head.role, head.us, head.bytes_read) == ("head", 6000, 1014e6)
+    assert (qkv.role, qkv.launches, qkv.us, qkv.dram_percent, qkv.occupancy_percent) == ("qkv", 1, 4.0, 60, 40)
+    assert qkv.gb_s == pytest.approx((12e6 + 8e3) / 4e-6 / 1e9) and (norm.name, norm.role) == ("norm", "final norm")
+
+
+def test_what_is_no_table_of_ncu() -> None:
     with pytest.raises(ValueError, match="ncu printed no table: .*performance counters"):
-        nsys.parse_ncu("==ERROR== ERR_NVGPUCTRPERM")
+        ncu.split("==ERROR== ERR_NVGPUCTRPERM", ["decode-b1"])
+    with pytest.raises(ValueError, match="names no NVTX ranges"):
+        ncu.split(NCU.replace("nanovllm.labels", "other"), ["decode-b1"])
+    with pytest.raises(ValueError, match="not a table of ncu"):
+        ncu.count('"ID","Kernel Name"\n"",""\n"0","k"\n', [])
 
 
 def test_unknown_cases_and_profilers() -> None:
-    with pytest.raises(ValueError, match="unknown case 'decode': use one of decode-b1"):
-        capture.Request("m", "decode")
+    with pytest.raises(ValueError, match="unknown case 'decode': use one of workload, decode-b1"):
+        capture.Request("m", ("decode",))
     with pytest.raises(ValueError, match="profiler must be"):
-        capture.Request("m", "decode-b1", profiler="perf")
+        capture.Request("m", ("decode-b1",), profiler="perf")
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -253,35 +353,162 @@ def test_an_interrupt_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert target.read_text() == "old\n" and list(tmp_path.iterdir()) == [target]
 
 
-def test_a_case_is_four_files_without_raw_reports(tmp_path: Path) -> None:
-    parts = synthetic.schedule(synthetic.step_kernels(True, 2), 4, 0.5, host=9.0)
-    profile = distil(read_trace(synthetic.write_nsys(tmp_path / "a.sqlite", parts)), synthetic.facts("auto", 2))
-    written = capture.write(tmp_path / "case", [profile], "", ["nanovllm", "profile", "a model"])
-    assert sorted(path.name for path in written) == ["command.txt", "notes.md", "summary.csv", "timeline.html"]
-    assert (tmp_path / "case" / "command.txt").read_text() == "nanovllm profile 'a model'\n"
+def fake_tools(monkeypatch: pytest.MonkeyPatch, tools: dict[str, object]) -> list[str]:
+    """A GPU and tools that are not there: each profiled process is replaced by one that leaves its results."""
+    log: list[str] = []
+
+    def fake_run(command: list[str], what: str, environment: object = None, timeout: float | None = None) -> str:
+        spec = json.loads(Path(command[-1]).read_text())
+        log.append(f"{spec['profiler']} {spec['fusion']}")
+        outcome = tools.get(spec["profiler"], "")
+        if isinstance(outcome, BaseException):
+            raise outcome
+        for case in spec["cases"]:
+            if spec["profiler"] == "none":
+                result: dict[str, object] = {"step_us": 900.0, "wait_us": 300.0, "graph_us": 850.0}
+            else:
+                result = dataclasses.asdict(synthetic.facts(spec["fusion"], case=case, note=spec["note"]))
+            Path(f"{spec['out']}.{case}.json").write_text(json.dumps(result))
+        parts = synthetic.schedule(synthetic.step_kernels(spec["fusion"] != "off", 28), 4, 0.5, host=9.0)
+        synthetic.write_torch(Path(f"{spec['out']}.trace.json"), parts, spec["cases"][0])
+        return str(outcome)
+
+    monkeypatch.setattr(capture, "require_gpu", lambda: None)
+    monkeypatch.setattr(nsys, "find_nsys", lambda: tools.get("nsys path"))
+    monkeypatch.setattr(ncu, "find_ncu", lambda: tools.get("ncu path"))
+    monkeypatch.setattr(nsys, "run", fake_run)
+    return log
+
+
+def test_a_case_is_four_files_without_raw_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_tools(monkeypatch, {})
+    assert main(["profile", "a model", "--out", str(tmp_path)]) == 0
+    files = sorted(path.name for path in (tmp_path / "decode-b1").iterdir())
+    assert files == ["command.txt", "notes.md", "summary.csv", "timeline.html"]
+    again = (tmp_path / "decode-b1" / "command.txt").read_text()
+    assert again == "nanovllm profile 'a model' --case decode-b1 --fusion both\n"
 
 
 def test_the_command_records_distils_and_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All but the GPU: the profiled process is replaced by one that leaves a trace and its facts."""
-
-    def fake_run(command: list[str], what: str, environment: object = None) -> str:
-        spec = json.loads(Path(command[-1]).read_text())
-        parts = synthetic.schedule(synthetic.step_kernels(spec["fusion"] != "off", 28), 4, 0.5, host=9.0)
-        synthetic.write_torch(Path(spec["trace"]), parts)
-        Path(spec["facts"]).write_text(synthetic.facts(spec["fusion"], note=spec["note"]).to_json())
-        return ""
-
-    monkeypatch.setattr(capture, "require_gpu", lambda: None)
-    monkeypatch.setattr(nsys, "find_nsys", lambda: None)
-    monkeypatch.setattr(nsys, "run", fake_run)
-    assert main(["profile", "some/model", "--out", str(tmp_path)]) == 0
+    log = fake_tools(monkeypatch, {})
+    assert main(["profile", "some/model", "--out", str(tmp_path), "--ncu"]) == 0
+    assert log == ["none off", "torch off", "none auto", "torch auto"]
     printed = capsys.readouterr()
     assert "nsys was not found" in printed.err and "fusion off" in printed.out and "fusion auto" in printed.out
     notes = (tmp_path / "decode-b1" / "notes.md").read_text()
-    assert "nsys was not found" in notes and "recorded with torch.profiler" in notes
+    for part in ("nsys was not found", "recorded with torch.profiler", "ncu was not found",
+                 "Fused: the device sets the pace; the host works 600 µs a step and waits 300 µs. 50 µs"):  # fmt: skip
+        assert part in notes
     assert "nsys was not found" in (tmp_path / "decode-b1" / "timeline.html").read_text()
+
+
+def test_an_nsys_that_fails_is_replaced_and_the_report_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = fake_tools(monkeypatch, {"nsys path": Path("nsys"), "nsys": OSError("the importer found no libdw")})
+    assert main(["profile", "m", "--out", str(tmp_path)]) == 0
+    assert log == ["none off", "nsys off", "torch off", "none auto", "torch auto"], "asked once"
+    assert "(the importer found no libdw), so PyTorch" in (tmp_path / "decode-b1" / "notes.md").read_text()
+    assert main(["profile", "m", "--out", str(tmp_path / "b"), "--profiler", "nsys"]) == 2, "asked for by name"
+
+
+# ------------------------------------------------------------------------------------------ all cases in one command
+
+
+def run_capture(tmp_path: Path, *words: str) -> int:
+    return benchmark.main(["--out", str(tmp_path / "out"), "--csv", str(tmp_path / "rows.csv"), *words])
+
+
+def test_packed_profiles_are_published_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recording on one machine and publishing on another gives what publishing at once gives."""
+    monkeypatch.setenv("NANOVLLM_COMMIT", "abc1234")
+    fake_tools(monkeypatch, {"ncu path": Path("ncu"), "ncu": NCU})
+    case = ["--case", "decode-b1", "--ncu"]
+    assert run_capture(tmp_path, *case) == 0
+    monkeypatch.undo()
+    before = {p.name: p.read_text() for p in (tmp_path / "out" / "decode-b1").iterdir()}
+    rows = (tmp_path / "rows.csv").read_text()
+    assert "free_graph_us" in rows and "Hardware counters" in before["notes.md"]
+
+    fake_tools(monkeypatch, {"ncu path": Path("ncu"), "ncu": NCU})
+    assert run_capture(tmp_path / "there", *case, "--pack", str(tmp_path / "packed")) == 0
+    assert [p.name for p in (tmp_path / "packed").iterdir()] == ["profiles.tar.gz"] and not (
+        tmp_path / "there"
+    ).exists()
+    monkeypatch.undo()
+    assert run_capture(tmp_path / "here", "--unpack", str(tmp_path / "packed" / "profiles.tar.gz")) == 0
+    after = {p.name: p.read_text() for p in (tmp_path / "here" / "out" / "decode-b1").iterdir()}
+    assert before.keys() == after.keys() and before["summary.csv"] == after["summary.csv"]
+    assert before["command.txt"] == after["command.txt"]
+
+
+def test_a_slow_ncu_costs_its_counters_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An interrupt while ncu counts: what nsys recorded had been published."""
+    fake_tools(monkeypatch, {"ncu path": Path("ncu"), "ncu": KeyboardInterrupt()})
+    assert run_capture(tmp_path, "--case", "decode-b1", "--ncu") == 130
+    assert "interrupted: what had been published is kept" in capsys.readouterr().err
+    assert (tmp_path / "out" / "decode-b1" / "timeline.html").exists() and (tmp_path / "rows.csv").exists()
+    fake_tools(monkeypatch, {"ncu path": Path("ncu"), "ncu": OSError("ncu took longer than 120 s and was ended")})
+    assert run_capture(tmp_path, "--case", "decode-b1", "--ncu") == 0
+    assert "None: ncu took longer than 120 s" in (tmp_path / "out" / "decode-b1" / "notes.md").read_text()
+
+
+def test_bad_archives_and_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.tar.gz").write_bytes(b"nothing")
+    assert run_capture(tmp_path, "--unpack", str(tmp_path / "bad.tar.gz")) == 1
+    assert "is no archive of profiles" in capsys.readouterr().err
+    assert run_capture(tmp_path, "--unpack", str(tmp_path / "nowhere.tar.gz")) == 1
+    assert run_capture(tmp_path) == 1
+    assert "needs a CUDA GPU" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_process_that_takes_too_long_is_ended() -> None:
+    with pytest.raises(OSError, match="the tool took longer than 0 s and was ended"):
+        nsys.run(["sleep", "30"], "the tool", timeout=0.2)
+
+
+# ------------------------------------------------------------------------------------------------ the engine, on a CPU
+
+
+def operators_as_kernels(path: Path) -> Trace:
+    """A CPU has no kernels: its innermost operators play them, launched when they run."""
+    items = json.loads(path.read_text())["traceEvents"]
+    operators = sorted((i for i in items if i.get("cat") == "cpu_op"), key=lambda i: i["ts"])
+    leaves = [a for a, b in zip(operators, [*operators[1:], None], strict=True)
+              if b is None or b["ts"] >= a["ts"] + a["dur"]]  # fmt: skip
+    for number, item in enumerate(leaves):
+        item |= {"cat": "kernel", "args": {"correlation": number}}
+    calls = [{**i, "cat": "cuda_runtime"} for i in leaves]
+    path.write_text(json.dumps({"traceEvents": items + calls}))
+    return read_trace(path)
+
+
+@pytest.mark.parametrize("name", ["decode-b1", "prefill-2048"])
+def test_a_real_engine_under_a_real_profiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Warm-up, windows, steps, labels, times and reports of a tiny Qwen3 on the CPU, by PyTorch's profiler."""
+    tiny_models.save_model("qwen3", tmp_path / "model")
+    case = dataclasses.replace(CASES[name], prompt=20, warm=2, steps=4)
+    monkeypatch.setitem(CASES, name, case)
+    options = {"max_model_len": 100, "kv_cache_memory_bytes": 1 << 22}
+    request = capture.Request(str(tmp_path / "model"), (name,), ("off",), "torch", "tiny", options, device="cpu")
+    monkeypatch.setattr(capture, "read_trace", operators_as_kernels)
+    monkeypatch.setattr(nsys, "run", lambda command, what: child.run(json.loads(Path(command[-1]).read_text())))
+    capture.record(request, tmp_path, say=lambda _: None)
+    published = capture.publish(tmp_path, tmp_path / "out", lambda profiles: ["again"])
+    (profile,) = published[name]
+    assert len(profile.steps) == case.steps - (not case.isolated) and profile.layers_found
+    assert {p.place.layer for p in profile.median.placed} == {None, 0, 1, 2}
+    per_layer = [[p.place.role for p in profile.median.placed if p.place.layer == layer] for layer in range(3)]
+    assert per_layer[1] == per_layer[2], "layers run the same operators"
+    wanted = {"norm", "qkv", "rope", "attention", "o_proj", "gate_up", "activation", "down"}
+    assert wanted <= set(per_layer[0]) <= wanted | {"prepare"}
+    assert {"head", "final norm", "sample"} <= {row.name for row in profile.roles}
+    assert profile.facts.free_step_us > 0 and profile.facts.tokens == (20 if case.isolated else 1)
+    assert (tmp_path / "out" / name / "timeline.html").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------- nvtx
@@ -307,13 +534,42 @@ def test_ranges_when_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvtx, "_push", log.append)
     monkeypatch.setattr(nvtx, "_pop", lambda: log.append("/"))
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.Sequential(nn.Linear(2, 2))])})
-    nvtx.annotate(model, "model")
+    nvtx.annotate(model)
     with nvtx.range("step"):
         model["layers"][0](torch.zeros(1, 2))
-    assert log == ["step", "model.layers.0", "model.layers.0.0", "/", "/", "/"]
+    assert log == ["step", "layers.0", "layers.0.0", "/", "/", "/"]
     with pytest.raises(RuntimeError):
         model["layers"][0](torch.zeros(1, 3))
     assert log.count("/") == 5, "a failing module closes its range"
+
+
+def test_ranges_for_a_while() -> None:
+    """Calls, functions named by a module and named parts of one; afterwards the model is as it was."""
+    import torch
+    from torch import nn
+
+    log: list[str] = []
+
+    @contextlib.contextmanager
+    def marker(name: str) -> Iterator[None]:
+        log.append(name)
+        yield
+        log.append("/")
+
+    @nvtx.ranged(1, "part")
+    def function(x: int, module: nn.Module, *, more: int) -> int:
+        return x + more
+
+    model = nn.Sequential(nn.Linear(2, 2))
+    before = dict(vars(model[0]))
+    assert function(1, model[0], more=2) == 3 and not log
+    with nvtx.annotated(model, marker):
+        assert function(1, model[0], more=2) == 3
+        with nvtx.of(model[0]):
+            model(torch.zeros(1, 2))
+    assert log == ["0.part", "/", "0", "0", "/", "/"]
+    assert vars(model[0]) == before and not model[0]._forward_hooks and not model[0]._forward_pre_hooks
+    assert nvtx.of(model[0]) is nvtx.of(model) is nvtx.range("a"), "nothing is allocated when off"
 
 
 @pytest.mark.parametrize(("value", "on"), [("1", True), ("0", False), ("", False)])

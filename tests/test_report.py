@@ -14,12 +14,11 @@ from harness.records import METRICS, Record, read, write
 from profiling.rows import profile_rows
 from reporting.docs import documents, refresh
 from reporting.query import lookup
-from reporting.roofline import points
-from reporting.series import gpus, lines, slug
+from reporting.roofline import points, roofs
+from reporting.series import current, gpus, lines, slug
 from reporting.tables import number, tables
 
 from nanovllm.profiling.distil import Profile, distil
-from nanovllm.profiling.trace import read_trace
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = "NVIDIA H100 80GB HBM3"
@@ -33,7 +32,8 @@ def record(**fields: object) -> Record:
 def profiled(tmp_path: Path, fused: bool) -> Profile:
     parts = synthetic.schedule(synthetic.step_kernels(fused, 28), 4, 0.5, host=9.0)
     path = synthetic.write_nsys(tmp_path / f"{fused}.sqlite", parts)
-    return distil(read_trace(path), synthetic.facts("auto" if fused else "off", device=GPU))
+    facts = synthetic.facts("auto" if fused else "off", device=GPU, date="2026-01-02", commit="abc")
+    return distil(synthetic.recording(path, facts))
 
 
 # -------------------------------------------------------------------------------------------------- the real documents
@@ -138,6 +138,28 @@ def test_lines_are_sorted_and_the_newest_row_wins() -> None:
     assert (unfused.label, theirs.label) == ("nano-vllm-coconut, unfused", "vLLM 0.26.0")
 
 
+def test_plots_leave_out_earlier_engines_of_ours() -> None:
+    """A new commit's rows push out those of older days, and models that it has no row of; one day's commits stay."""
+    new = [
+        record(date="2", commit="b"),
+        record(date="3", commit="b", batch="2"),
+        record(date="3", commit="a", batch="4"),
+    ]
+    peer = record(engine="vllm", date="1", batch="8")
+    old = [
+        record(date="1", commit="a", batch="8"),
+        record(date="1", commit="a", model="N"),
+        record(engine="vllm", model="N"),
+    ]
+    assert current([*old, peer, *new]) == [peer, *new]
+    assert current([peer]) == [peer]
+
+
+def test_measured_roofs_win() -> None:
+    row = record(test="roof", metric="read_bytes_per_s", value=3e12)
+    assert roofs([row], (4e12, 9e14)) == ((3e12, "measured"), (9e14, "data sheet"))
+
+
 def test_gpus_are_told_from_cpus() -> None:
     rows = [record(device="AMD EPYC, 2 threads"), record(), record(device="NVIDIA H200", date="2026-02-01")]
     assert gpus(rows) == ["NVIDIA H200", GPU] and slug(GPU) == "h100-80gb-hbm3"
@@ -154,12 +176,16 @@ def test_the_roofline_knows_the_shapes() -> None:
 def test_every_plot_is_drawn_and_stale_ones_go(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [*read(METRICS), record(value=2.0, engine="vllm", version="1", model="Qwen3-0.6B", dtype="bfloat16")]
+    grid = {"model": "Qwen3-0.6B", "date": "2099-01-01", "commit": "abc"}
+    rows += [
+        record(**grid, batch=b, prompt=p, options=o) for b in "14" for p in ("128", "512") for o in ("", "fusion=off")
+    ]
     for fused in (False, True):
-        rows += profile_rows(profiled(tmp_path, fused), date="2026-01-02", commit="abc")
+        rows += profile_rows(profiled(tmp_path, fused))
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "stale.png").write_bytes(b"")
     written = report.draw([r for r in rows if r.device == GPU], tmp_path / "plots")
-    kinds = ("decode", "prefill", "workload", "fusion_speedup", "roofline", "time")
+    kinds = ("decode", "decode_length", "decode_speedup", "prefill", "workload", "fusion_speedup", "roofline", "time")
     assert written == [f"{kind}_h100-80gb-hbm3.png" for kind in kinds]
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == sorted(written)
     assert all((tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in written)
@@ -167,7 +193,7 @@ def test_every_plot_is_drawn_and_stale_ones_go(tmp_path: Path) -> None:
 
 def test_profile_rows_add_up_to_the_step(tmp_path: Path) -> None:
     profile = profiled(tmp_path, True)
-    rows = profile_rows(profile, date="2026-01-02", commit="abc")
+    rows = profile_rows(profile)
     assert len({r.key for r in rows}) == len(rows)
     parts = sum(r.value for r in rows if "role=" in r.options)
     assert parts == pytest.approx(profile.mean_period_us)
@@ -213,6 +239,21 @@ def test_an_interrupt_between_rows_leaves_the_old_csv(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write([record(batch="2", value=Interrupts(1))], target)
     assert [r.batch for r in read(target)] == ["1"] and list(tmp_path.iterdir()) == [target]
+
+
+def test_rows_of_another_machine_are_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "rewrite", lambda records: [])
+    target, theirs = tmp_path / "metrics.csv", tmp_path / "theirs.csv"
+    monkeypatch.setattr(report, "write", lambda rows: write(rows, target))
+    monkeypatch.setattr(report, "read", lambda path=target: read(path))
+    write([record(), record(batch="2", value=2.0)], target)
+    write([record(batch="2", value=3.0), record(batch="4")], theirs)
+    assert report.main(["--merge", str(theirs)]) == 0
+    assert {r.batch: r.value for r in read(target)} == {"1": 1.4567, "2": 3.0, "4": 1.4567}
+    assert report.main(["--merge", str(tmp_path / "none.csv")]) == 1
+    assert "none.csv does not exist: nothing was merged" in capsys.readouterr().err
 
 
 def test_without_rows_the_report_is_one_sentence(

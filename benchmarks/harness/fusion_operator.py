@@ -15,9 +15,8 @@ import torch.nn.functional as F
 
 from harness.records import Record
 from nanovllm import __version__
-from nanovllm.kernels import reference
 from nanovllm.tuning.cases import Case
-from nanovllm.tuning.measure import EPS, Operands, Result, Variant, capture
+from nanovllm.tuning.measure import EPS, Operands, Result, Variant
 from nanovllm.tuning.search import Extra
 
 FORMS = ("fused", "compiled", "unfused", "eager", "gemm")
@@ -26,21 +25,21 @@ LARGE_BYTES = 12e6  # weights for which the share of bandwidth is a goal
 
 
 def baselines(operands: Operands) -> list[Variant]:
-    """SwiGLU costs the unfused forms a kernel of its own."""
+    """SwiGLU costs the unfused forms a kernel of its own. Where gamma is folded, the rivals have none either."""
     x, gamma, swiglu = operands.x, operands.gamma, operands.problem.swiglu
     norm = _compiled(_norm)
     act: Callable[[torch.Tensor], torch.Tensor] = _compiled(_swiglu) if swiglu else (lambda y: y)
-    normed = reference.rms_norm(x, gamma, EPS)
+    normed = _norm(x, gamma)
     return [
         Variant("gemm", lambda w: F.linear(normed, w)),
         Variant("compiled", lambda w: act(F.linear(norm(x, gamma), w))),
-        Variant("eager", lambda w: reference.rms_norm_linear(x, w, gamma, EPS, activation=operands.activation)),
+        operands.eager(),
     ]
 
 
 def warm(case: Case) -> None:
     """Compile the baselines into Inductor's cache."""
-    operands = Operands(case.problem, torch.device("cuda"))
+    operands = Operands(case.problem, torch.device("cuda"), folded=case.folded)
     for variant in baselines(operands):
         variant.call(operands.weights[0])
     torch.cuda.synchronize()
@@ -49,9 +48,10 @@ def warm(case: Case) -> None:
 BASELINES = Extra(baselines, warm)
 
 
-def _norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _norm(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     wide = x.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype) * weight
+    y = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+    return y if weight is None else y * weight
 
 
 def _swiglu(y: torch.Tensor) -> torch.Tensor:
@@ -65,22 +65,6 @@ def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     return torch.compile(function, dynamic=False)
 
 
-def read_bandwidth(device: torch.device, megabytes: int = 1024) -> float:
-    """Bytes a second of a reduction over memory that no cache holds: what reading weights could reach."""
-    data = torch.zeros(megabytes * 2**18, dtype=torch.float32, device=device)
-    graph = capture(lambda w: w.view(-1, 2**18).sum(1), [data], 4)
-    seconds = []
-    for _ in range(9):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        graph.replay()
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) * 1e-3 / 4)
-    return data.numel() * 4 / statistics.median(seconds)
-
-
 @dataclass(frozen=True)
 class Report:
     """Results of one run, against the read bandwidth (bytes a second) of the same run."""
@@ -88,6 +72,12 @@ class Report:
     wanted: list[Case]
     results: list[Result]
     bandwidth: float
+
+    @property
+    def test(self) -> str:
+        """What the rows are called: with gamma folded another measurement, not one beside the others."""
+        folded = any(case.folded for case in self.wanted)
+        return "fusion_operator_folded" if folded else "fusion_operator"
 
     @staticmethod
     def speedup(result: Result) -> float:
@@ -111,10 +101,12 @@ class Report:
 
     def groups(self) -> Iterator[tuple[str, list[Result], bool]]:
         """Results whose geometric mean is worth knowing, under a name, and whether none of the group is missing."""
-        decoding = [case for case in self.wanted if case.problem.m <= 64]
-        groups = {"all to M=64": decoding}
+        few = [case for case in self.wanted if case.problem.m <= 64]
+        many = [case for case in self.wanted if case.problem.m > 64]
+        groups = {"all to M=64": few, "all above M=64": many}
         groups |= {f"M={m}": [c for c in self.wanted if c.problem.m == m] for m in (c.problem.m for c in self.wanted)}
-        groups |= {f"{name} to M=64": [c for c in decoding if c.layer == name] for name in (c.layer for c in decoding)}
+        groups |= {f"{name} to M=64": [c for c in few if c.layer == name] for name in (c.layer for c in few)}
+        groups |= {f"{name} above M=64": [c for c in many if c.layer == name] for name in (c.layer for c in many)}
         for name, cases in groups.items():
             if found := [result for result in self.results if result.case in cases]:
                 yield name, found, len(found) == len(cases)
@@ -155,7 +147,7 @@ class Report:
             def row(metric: str, value: float, form: str, about: dict[str, str] = about, layer: str = case.layer,
                     choice: str = choice) -> Record:  # fmt: skip
                 note = choice if form == "fused" else ""
-                return Record("fusion_operator", metric, value, options=f"{layer} {form}", note=note, **about)
+                return Record(self.test, metric, value, options=f"{layer} {form}", note=note, **about)
 
             found += [row("us", result.us(form), form) for form in FORMS]
             found.append(row("speedup", self.speedup(result), "fused"))
@@ -167,9 +159,9 @@ class Report:
                 mean = statistics.geometric_mean([self.speedup(r) for r in group])
                 note = f"{len(group)} cases, worst {min(self.speedup(r) for r in group):.3f}"
                 about = dict(model="all", dtype=dtype, options=name, note=note, **shared)
-                found.append(Record("fusion_operator", "speedup_geomean", mean, **about))
+                found.append(Record(self.test, "speedup_geomean", mean, **about))
         about = dict(dtype="float32", options="1 GiB summed", **shared)
-        return [*found, Record("fusion_operator", "read_bytes_per_s", self.bandwidth, **about)]
+        return [*found, Record(self.test, "read_bytes_per_s", self.bandwidth, **about)]
 
 
 def _weight_bytes(result: Result) -> int:

@@ -1,18 +1,22 @@
 """Profile the named cases, fused and unfused, and keep what is small: one folder a case, rows for `metrics.csv`.
 
-    python benchmarks/profiling/capture.py --case decode-b1 decode-b16 prefill-2048 workload
-    python benchmarks/profiling/capture.py --case decode-b1 --ncu --keep-raw /tmp/raw
+    python benchmarks/profiling/capture.py --ncu                        all cases, on one CUDA GPU
+    python benchmarks/profiling/capture.py --ncu --pack DIR             ... into DIR/profiles.tar.gz, to be carried
+    python benchmarks/profiling/capture.py --unpack DIR/profiles.tar.gz ... and published elsewhere, without a GPU
 
 It records with `nanovllm.profiling`, which `nanovllm profile` uses too; here the model is a named shape with seeded
-random weights. A case that fails is named at the end (status 1) and the others are kept.
+random weights. What was recorded before a failure or an interrupt is published.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import signal
 import sys
+import tarfile
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,56 +25,119 @@ from harness.models import SHAPES, write_config
 from harness.records import METRICS, Record, git_commit, write
 
 from nanovllm.profiling import capture
+from nanovllm.profiling.distil import Profile
 from nanovllm.profiling.facts import CASES
+from nanovllm.profiling.recording import SUFFIX
 from profiling.rows import profile_rows, today
 
 PROFILES = Path(__file__).resolve().parents[1] / "nsight_profiles"
+ARCHIVE = "profiles.tar.gz"
 
 
-def main() -> int:
-    """Parse, record, write."""
+def main(argv: list[str] | None = None) -> int:
+    """Parse, record, publish; status 1 and a sentence when something is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--model", choices=list(SHAPES), default="Qwen3-0.6B")
     parser.add_argument("--fusion", choices=list(capture.FUSIONS), default="both")
     parser.add_argument("--profiler", choices=["auto", "nsys", "torch"], default="auto")
-    parser.add_argument("--ncu", action="store_true")
-    parser.add_argument("--out", type=Path, default=PROFILES)
-    parser.add_argument("--csv", type=Path, default=METRICS)
-    parser.add_argument("--keep-raw", type=Path)
-    args = parser.parse_args()
+    parser.add_argument("--ncu", action="store_true", help="hardware counters too")
+    parser.add_argument("--out", type=Path, default=PROFILES, help="where the cases' folders go")
+    parser.add_argument("--csv", type=Path, default=METRICS, help="where the rows go")
+    parser.add_argument("--pack", type=Path, metavar="DIR", help=f"only write DIR/{ARCHIVE}: folders and recordings")
+    parser.add_argument("--unpack", type=Path, metavar="FILE", help="record nothing, publish what --pack has written")
+    parser.add_argument("--keep-raw", type=Path, metavar="DIR", help="keep the profilers' own files there")
+    args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends a run as Ctrl-C does
-    failed = []
-    for case in args.case:
+    with tempfile.TemporaryDirectory(prefix="nanovllm-recordings-") as folder:
+        recordings = Path(folder) / "recordings"
+        recordings.mkdir()
         try:
-            record_case(args, case)
+            if args.unpack:
+                unpack(args.unpack, recordings)
+            else:
+                record(args, recordings)
+            publish(args, recordings)
         except (OSError, ValueError) as error:
-            print(f"{case}: {error}", file=sys.stderr, flush=True)
-            failed.append(case)
+            print(f"not complete: {error}", file=sys.stderr, flush=True)
+            return 1
         except KeyboardInterrupt:
-            print(f"interrupted in {case}: the cases before it are kept, of this one nothing", file=sys.stderr)
+            print("interrupted: what had been published is kept", file=sys.stderr, flush=True)
             return 130
-    if failed:
-        print(f"not recorded: {', '.join(failed)}", file=sys.stderr)
-    return int(bool(failed))
+    return 0
 
 
-def record_case(args: argparse.Namespace, case: str) -> None:
-    """Profile one case and write its folder and its rows."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = str(write_config(args.model, Path(directory)))
-        options = {"load_format": "dummy"}
+def record(args: argparse.Namespace, recordings: Path) -> None:
+    """Record all cases; they are published before ncu counts, so that a slow ncu costs nothing but its counters."""
+    capture.require_gpu()
+    origin = {"date": today(), "commit": git_commit()}
+    with tempfile.TemporaryDirectory(prefix="nanovllm-model-") as directory:
         request = capture.Request(
-            path, case, capture.FUSIONS[args.fusion], args.profiler, args.model, options, args.ncu, args.keep_raw
-        )
-        profiles, counters = capture.profile(request, say=lambda text: print(text, flush=True))
-    command = ["python", "benchmarks/profiling/capture.py", "--model", args.model, "--case", case]
-    command += ["--fusion", args.fusion] + (["--ncu"] if args.ncu else [])
-    capture.write(args.out / case, profiles, counters, command)
-    rows: list[Record] = [row for p in profiles for row in profile_rows(p, date=today(), commit=git_commit())]
-    write(rows, args.csv)
-    for p in profiles:
-        print(f"{case} fusion {p.facts.fusion}: {p.period_us:.1f} us a step, idle {p.idle_share:.1%}", flush=True)
+            str(write_config(args.model, Path(directory))), tuple(args.case), capture.FUSIONS[args.fusion],
+            args.profiler, args.model, {"load_format": "dummy"}, args.keep_raw, origin=origin,
+        )  # fmt: skip
+        capture.record(request, recordings, say)
+        if args.ncu:
+            publish(args, recordings)
+            capture.count(request, recordings, say)
+
+
+def publish(args: argparse.Namespace, recordings: Path) -> None:
+    """Folders and rows, or an archive of folders and recordings."""
+    out = recordings.parent / "out" if args.pack else args.out
+    published = capture.publish(recordings, out, command)
+    if args.pack:
+        pack(args.pack, out, recordings)
+    else:
+        rows: list[Record] = [row for profiles in published.values() for p in profiles for row in profile_rows(p)]
+        write(rows, args.csv)
+    for case, profiles in published.items():
+        for p in profiles:
+            say(f"{case} fusion {p.facts.fusion}: {p.period_us:.1f} us a step, idle {p.idle_share:.1%}; "
+                f"unrecorded {p.facts.free_step_us:.1f} us, graph alone {p.facts.free_graph_us:.1f}")  # fmt: skip
+
+
+def command(profiles: Sequence[Profile]) -> list[str]:
+    """What records these profiles again."""
+    facts = profiles[0].facts
+    words = ["python", "benchmarks/profiling/capture.py", "--model", facts.model, "--case", facts.case]
+    words += ["--fusion", "both" if len(profiles) > 1 else facts.fusion]
+    return words + ["--ncu"] * any(p.counted or p.why_not_counted for p in profiles)
+
+
+def pack(folder: Path, out: Path, recordings: Path) -> None:
+    """Write the archive, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{ARCHIVE}.partial"
+    try:
+        with tarfile.open(partial, "w:gz") as archive:
+            for case in sorted(out.iterdir()):
+                archive.add(case, case.name)
+            archive.add(recordings, "recordings")
+        shutil.move(partial, folder / ARCHIVE)
+    except OSError as error:
+        raise OSError(f"cannot write {folder / ARCHIVE} ({error.strerror or error}): free some space") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def unpack(file: Path, recordings: Path) -> None:
+    """Take the recordings out of an archive. ValueError when it holds none."""
+    try:
+        with tarfile.open(file) as archive:
+            for member in archive:
+                content = archive.extractfile(member) if member.name.endswith(SUFFIX) else None
+                if content is not None:
+                    (recordings / Path(member.name).name).write_bytes(content.read())
+    except tarfile.TarError as error:
+        raise ValueError(f"{file} is no archive of profiles: {error}") from error
+    if not any(recordings.iterdir()):
+        raise ValueError(f"{file} holds no recordings: make it with --pack")
+
+
+def say(text: str) -> None:
+    """Print at once: a run takes minutes."""
+    print(text, flush=True)
 
 
 if __name__ == "__main__":

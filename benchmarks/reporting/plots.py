@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from harness.models import SHAPES
 from harness.records import Record
+from harness.work import Shape
 
 from reporting.query import select
-from reporting.series import OURS, Line, caption, engine_label, lines
+from reporting.series import OURS, Line, caption, current, engine_label, lines
 from reporting.style import COPPER, INK, OTHER_PEER, PEERS, RED, ROLE_COLORS, SOFT, TEAL, axes_style, figure, finish
 
-# (read bandwidth in B/s, dense bf16 FLOP/s, where they come from). The CSV's own measured bandwidth wins.
-PEAKS = {
-    "NVIDIA H100 80GB HBM3": (3.35e12, 989.4e12, "data sheet"),
-    "NVIDIA H200": (4.8e12, 989.4e12, "data sheet"),
-}
+# (read bandwidth in B/s, dense bf16 FLOP/s) of the data sheets. What the CSV has measured wins.
+PEAKS = {"NVIDIA H100 80GB HBM3": (3.35e12, 989.4e12), "NVIDIA H200": (4.8e12, 989.4e12)}
 
 
 def _color(engine: str, label: str) -> str:
@@ -26,11 +25,14 @@ def _color(engine: str, label: str) -> str:
 
 
 def _draw(ax: Any, drawn: Sequence[Line]) -> None:
+    both = any("unfused" in line.label for line in drawn)
     for line in drawn:
+        label = f"{line.label}, fused" if both and line.ours and "," not in line.label else line.label
         color, dash = _color(line.engine, line.label), "-" if line.ours else (0, (4, 2))
         xs, ys = [p[0] for p in line.points], [p[1] for p in line.points]
         ax.plot(xs, ys, color=color, linestyle=dash, marker="o", markersize=4.5 if line.ours else 3.5,
-                linewidth=2.1 if line.ours else 1.4, label=line.label, zorder=3 if line.ours else 2)  # fmt: skip
+                linewidth=2.1 if line.ours else 1.4, label=label, 
+                zorder=2 + line.ours - 0.5 * ("unfused" in label))  # fmt: skip
 
 
 def _log2(ax: Any, values: Sequence[float]) -> None:
@@ -42,37 +44,69 @@ def _log2(ax: Any, values: Sequence[float]) -> None:
     ax.minorticks_off()
 
 
+def _floor(ax: Any, model: str, records: Sequence[Record]) -> None:
+    """A dotted line: the time in which the device reads a bf16 model once, where bandwidth was measured."""
+    measured = select(records, test="roof", metric="read_bytes_per_s")
+    if model in SHAPES and measured:
+        ms = Shape(SHAPES[model]).decode(0, 0, 2).bytes / max(r.value for r in measured) * 1e3
+        ax.axhline(ms, color=SOFT, linestyle=":", linewidth=1.3, label=f"weights read once, {ms:.2f} ms")
+
+
 def decode(records: Sequence[Record]) -> Any:
-    """Milliseconds per token and output tokens per second against batch, one column a model."""
+    """Milliseconds per token and output tokens per second against batch: a column a model, or side by side for one."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    rows = [r for r in select(records, test="decode", prompt="128") if r.metric in ("ms_per_token", "output_tok_s")]
+    found = current(select(records, test="decode", prompt="128"))
+    rows = [r for r in found if r.metric in ("ms_per_token", "output_tok_s")]
     models = sorted({r.model for r in rows if r.engine == OURS})
     if not models:
         return None
-    fig, axes = figure(2, len(models), height=6.4)
+    one = len(models) == 1
+    fig, axes = figure(1, 2, height=4.4, width=10.2) if one else figure(2, len(models), height=6.4)
+    panels = axes.T if one else axes  # [metric, model]
     for column, model in enumerate(models):
-        for ax, metric in zip(axes[:, column], ("ms_per_token", "output_tok_s"), strict=True):
+        for ax, metric in zip(panels[:, column], ("ms_per_token", "output_tok_s"), strict=True):
             drawn = lines([r for r in rows if r.model == model and r.metric == metric], "batch")
             _draw(ax, drawn)
             _log2(ax, [x for line in drawn for x, _ in line.points])
-            axes_style(ax, "batch size" if metric == "output_tok_s" else "", "")
+            axes_style(ax, "batch size" if one or metric == "output_tok_s" else "", "")
             if metric == "output_tok_s":
                 ax.set_yscale("log")
                 ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 ax.yaxis.set_major_formatter(lambda v, _: f"{v:,.0f}")
                 ax.yaxis.set_minor_locator(NullLocator())
             else:
-                ax.set_ylim(bottom=0)
-        axes[0, column].set_title(model)
-    axes[0, 0].set_ylabel("time per token (ms)")
-    axes[1, 0].set_ylabel("output tokens per second")
+                _floor(ax, model, records)
+                ax.set_ylim(bottom=0, top=ax.get_ylim()[1] * 1.04)
+        panels[0, column].set_title(model, loc="left" if one else "center")
+    panels[0, 0].set_ylabel("time per token (ms)")
+    panels[1, 0].set_ylabel("output tokens per second")
     return finish(fig, axes, "Decode against batch size, prompt of 128 tokens, host time included", caption(rows))
+
+
+def decode_length(records: Sequence[Record]) -> Any:
+    """Milliseconds per token of one sequence against the length of its prompt, one panel a model."""
+    rows = current(select(records, test="decode", metric="ms_per_token", batch="1"))
+    models = sorted({r.model for r in rows if r.engine == OURS and r.prompt != "128"})
+    rows = [r for r in rows if r.model in models and r.engine == OURS]
+    if not models:
+        return None
+    fig, axes = figure(1, len(models), height=3.9)
+    for ax, model in zip(axes[0], models, strict=True):
+        drawn = [line for line in lines([r for r in rows if r.model == model], "prompt") if len(line.points) > 1]
+        _draw(ax, drawn)
+        _floor(ax, model, records)
+        _log2(ax, [x for line in drawn for x, _ in line.points])
+        ax.set_ylim(bottom=0, top=ax.get_ylim()[1] * 1.04)
+        ax.set_title(model, loc="left")
+        axes_style(ax, "prompt length (tokens); 256 more are decoded", "")
+    axes[0, 0].set_ylabel("time per token (ms)")
+    return finish(fig, axes, "Decode of one sequence against context, host time included", caption(rows))
 
 
 def prefill(records: Sequence[Record]) -> Any:
     """Time to the first token against the length of the prompt, one panel a model."""
-    rows = select(records, test="prefill", metric="ttft_ms", batch="1")
+    rows = current(select(records, test="prefill", metric="ttft_ms", batch="1"))
     models = sorted({r.model for r in rows if r.engine == OURS})
     if not models:
         return None
@@ -81,8 +115,8 @@ def prefill(records: Sequence[Record]) -> Any:
         drawn = lines([r for r in rows if r.model == model], "prompt")
         _draw(ax, drawn)
         _log2(ax, [x for line in drawn for x, _ in line.points])
-        ax.set_ylim(bottom=0)
-        ax.set_title(model)
+        ax.set_ylim(bottom=0, top=ax.get_ylim()[1] * 1.04)
+        ax.set_title(model, loc="left")
         axes_style(ax, "prompt length (tokens)", "")
     axes[0, 0].set_ylabel("time to first token (ms)")
     return finish(fig, axes, "Time to first token of one prompt on an idle engine", caption(rows))
@@ -90,7 +124,7 @@ def prefill(records: Sequence[Record]) -> Any:
 
 def workload(records: Sequence[Record]) -> Any:
     """Output tokens per second of nano-vLLM's bench.py, one bar an engine, cold and warm."""
-    rows = select(records, test="workload", metric="output_tok_s_*")
+    rows = current(select(records, test="workload", metric="output_tok_s_*"))
     if not rows:
         return None
     names = sorted({(r.engine != OURS, r.engine, engine_label(r), r.model) for r in rows})
@@ -115,16 +149,36 @@ def workload(records: Sequence[Record]) -> Any:
 def heat_map(records: Sequence[Record]) -> Any:
     """Speed-up of the fused operator over the unfused pair: a row a linear of a model, a column a batch."""
     rows = select(records, test="fusion_operator", metric="speedup", options="* fused")
-    if not rows:
-        return None
+    value = {(f"{r.model}  {r.options.removesuffix(' fused')}", int(r.batch)): r.value for r in rows}
+    return _heat(value, sorted({name for name, _ in value}), "RMSNorm+Linear: speed-up over norm, then cuBLAS", rows)
+
+
+def decode_heat_map(records: Sequence[Record]) -> Any:
+    """Speed-up of a whole fused decode step over the unfused one: a row a prompt length, a column a batch."""
+    rows = current(select(records, test="decode", metric="ms_per_token", engine=OURS))
+    rows = [r for r in rows if r.options in ("", "fusion=off") and r.prompt.isdigit() and r.batch.isdigit()]
+    ms = {(r.model, int(r.prompt), int(r.batch), r.options): r.value for r in rows}
+    pairs = [key[:3] for key in sorted(ms) if not key[3] and (*key[:3], "fusion=off") in ms]
+    if len({prompt for _, prompt, _ in pairs}) < 2:
+        return None  # one row of cells says nothing that the lines do not say
+
+    def name(model: str, prompt: int) -> str:
+        return f"{model}  {prompt:,} tokens"
+
+    value = {(name(m, p), b): ms[m, p, b, "fusion=off"] / ms[m, p, b, ""] for m, p, b in pairs}
+    return _heat(value, list(dict.fromkeys(name(m, p) for m, p, _ in pairs)), "Decode step: fused over unfused", rows)
+
+
+def _heat(value: Mapping[tuple[str, int], float], names: Sequence[str], title: str, rows: Sequence[Record]) -> Any:
+    """Cells (name, batch) coloured around 1; None without cells."""
     from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 
-    batches = sorted({int(r.batch) for r in rows})
-    kinds = sorted({(r.model, r.options.removesuffix(" fused")) for r in rows})
-    value = {(r.model, r.options.removesuffix(" fused"), int(r.batch)): r.value for r in rows}
-    fig, axes = figure(1, 1, height=1.9 + 0.33 * len(kinds), width=max(7.0, 3.2 + 0.75 * len(batches)))
+    if not value:
+        return None
+    batches = sorted({batch for _, batch in value})
+    fig, axes = figure(1, 1, height=1.9 + 0.33 * len(names), width=max(7.0, 3.2 + 0.75 * len(batches)))
     ax = axes[0, 0]
-    grid = [[value.get((model, layer, b), float("nan")) for b in batches] for model, layer in kinds]
+    grid = [[value.get((name, b), float("nan")) for b in batches] for name in names]
     colors = LinearSegmentedColormap.from_list("speed-up", ["#b8455a", "#f6f5f2", "#2c8a7d"])
     top = max(1.3, *value.values())
     norm = TwoSlopeNorm(1.0, vmin=min(0.9, *value.values()), vmax=top)
@@ -135,11 +189,10 @@ def heat_map(records: Sequence[Record]) -> Any:
                 ax.text(x + 0.5, y + 0.5, f"{v:.2f}", ha="center", va="center", fontsize=9,
                         color="white" if v > 1 + 0.62 * (top - 1) else INK)  # fmt: skip
     ax.set_xticks([i + 0.5 for i in range(len(batches))], [str(b) for b in batches])
-    ax.set_yticks([i + 0.5 for i in range(len(kinds))], [f"{model}  {layer}" for model, layer in kinds])
+    ax.set_yticks([i + 0.5 for i in range(len(names))], list(names))
     ax.invert_yaxis()
     axes_style(ax, "rows (batch size)", "", grid="")
     ax.tick_params(length=0)
-    title = "RMSNorm+Linear: speed-up over norm, then cuBLAS"
     return finish(fig, axes, title, caption(rows), False)
 
 
@@ -152,7 +205,7 @@ def roofline(records: Sequence[Record]) -> Any:
     found = {form: points(rows, form) for form in ("fused", "unfused", "gemm")}
     if not found["fused"] or device not in PEAKS:
         return None
-    bandwidth, flops, source = roofs(records, PEAKS[device])
+    (bandwidth, of_memory), (flops, of_cores) = roofs(records, PEAKS[device])
     fig, axes = figure(1, 1, height=4.6, width=7.6)
     ax = axes[0, 0]
     xs = [p[0] for form in found.values() for p in form]
@@ -171,8 +224,15 @@ def roofline(records: Sequence[Record]) -> Any:
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlim(low, high)
-    ax.text(knee / 9, knee / 26 * bandwidth, f"{bandwidth / 1e12:.2f} TB/s ({source})", fontsize=8.5, color=SOFT)
-    ax.text(high / 1.08, flops * 1.12, f"{flops / 1e12:.0f} TFLOP/s (data sheet)", ha="right", fontsize=8.5, color=SOFT)
+    ax.text(
+        knee / 9,
+        knee / 5 * bandwidth,
+        f"{bandwidth / 1e12:.2f} TB/s ({of_memory})",
+        ha="right",
+        fontsize=8.5,
+        color=SOFT,
+    )
+    ax.text(high / 1.08, flops * 1.12, f"{flops / 1e12:.0f} TFLOP/s ({of_cores})", ha="right", fontsize=8.5, color=SOFT)
     ax.set_ylim(low * bandwidth / 6, flops * 2.2)
     axes_style(ax, "arithmetic intensity (FLOP per byte)", "achieved FLOP/s")
     return finish(fig, axes, "RMSNorm+Linear under the roofline", caption(rows))
@@ -222,6 +282,8 @@ def time_bars(records: Sequence[Record]) -> Any:
 
 FIGURES: dict[str, Callable[[Sequence[Record]], Any]] = {
     "decode": decode,
+    "decode_length": decode_length,
+    "decode_speedup": decode_heat_map,
     "prefill": prefill,
     "workload": workload,
     "fusion_speedup": heat_map,

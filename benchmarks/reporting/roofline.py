@@ -41,9 +41,10 @@ def points(records: Sequence[Record], form: str, element_size: int = 2) -> list[
     return found
 
 
-def roofs(records: Sequence[Record], peak: tuple[float, float, str]) -> tuple[float, float, str]:
-    """(B/s, FLOP/s, where the bandwidth comes from): measured in the same runs, where there is such a row."""
-    measured = select(records, test="fusion_operator", metric="read_bytes_per_s")
-    if measured:
-        return max(r.value for r in measured), peak[1], "measured"
-    return peak
+def roofs(records: Sequence[Record], peaks: tuple[float, float]) -> tuple[tuple[float, str], tuple[float, str]]:
+    """(B/s, its source), (FLOP/s, its source): measured on the device, where there is such a row, or from `peaks`."""
+    found = []
+    for metric, peak in zip(("read_bytes_per_s", "bf16_flop_per_s"), peaks, strict=True):
+        measured = [r.value for r in select(records, metric=metric) if r.test in ("roof", "fusion_operator")]
+        found.append((max(measured), "measured") if measured else (peak, "data sheet"))
+    return found[0], found[1]

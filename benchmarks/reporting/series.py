@@ -35,6 +35,20 @@ def engine_label(record: Record) -> str:
     return f"{name}{version}" + (f", {options}" if options else "")
 
 
+def current(records: Sequence[Record]) -> list[Record]:
+    """The rows without those of an earlier engine of ours: only the newest row's commit or day stay, and its models.
+
+    Other engines have one version a row, which their label names; ours has a commit, and a line must not mix two.
+    """
+    ours = [r for r in records if r.engine == OURS]
+    if not ours:
+        return list(records)
+    newest = max(ours, key=lambda r: r.date)
+    kept = [r for r in ours if r.commit == newest.commit or r.date == newest.date]
+    models = {r.model for r in kept}
+    return [r for r in records if r.model in models and (r.engine != OURS or r in kept)]
+
+
 def lines(records: Sequence[Record], field: str) -> list[Line]:
     """Lines over `field` ("batch" or "prompt"), ours first; the newest row wins where two name the same point."""
     found: dict[tuple[bool, str, str], dict[float, Record]] = defaultdict(dict)
@@ -63,7 +77,7 @@ def slug(device: str) -> str:
 
 
 def caption(records: Sequence[Record]) -> str:
-    """Device, dtype, weights, versions, dates and commits that a set of rows shares."""
+    """Device, dtype, weights, versions, dates and commits of our rows; of the others', the dates where they differ."""
     ours = [r for r in records if r.engine == OURS] or list(records)
 
     def each(values: set[str]) -> str:
@@ -73,4 +87,6 @@ def caption(records: Sequence[Record]) -> str:
     versions = [f"torch {each({r.torch for r in ours})}", f"Triton {each({r.triton for r in ours})}"]
     what = [each({r.device for r in records}), each({r.dtype for r in ours}), each(weights)]
     when = f"commit {each({r.commit for r in ours})}, {each({r.date for r in ours})}"
-    return "; ".join([", ".join(w for w in what if w), ", ".join(versions), when])
+    peers = sorted({(_NAMES.get(r.engine, r.engine), r.date) for r in records if r.date not in {o.date for o in ours}})
+    others = [f"other runs: {', '.join(f'{name} {date}' for name, date in peers)}"] * bool(peers)
+    return "; ".join([", ".join(w for w in what if w), ", ".join(versions), when, *others])

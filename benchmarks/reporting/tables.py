@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from harness.records import Record
 
 from reporting.query import select
-from reporting.series import OURS, caption, engine_label, gpus
+from reporting.series import OURS, caption, current, engine_label, gpus
 
 HEAD = """\
 # Tables
@@ -38,9 +38,13 @@ def tables(records: Sequence[Record]) -> str:
 
 
 def _section(title: str, rows: Sequence[Record], field: str) -> list[str]:
-    """A table with a line for each model and value of `field`, and a column for each engine."""
+    """A table with a line for each model and value of `field`, and a column for each engine.
+
+    A number of ours that is older than the newest engine's has its commit beside it.
+    """
     if not rows:
         return []
+    today = current(rows)
     engines = sorted({(r.engine != OURS, engine_label(r)) for r in rows})
     lines = sorted({(r.model, getattr(r, field)) for r in rows}, key=lambda key: (key[0], _natural(key[1])))
     body = []
@@ -48,7 +52,9 @@ def _section(title: str, rows: Sequence[Record], field: str) -> list[str]:
         cells = []
         for _, label in engines:
             found = [r for r in rows if (r.model, getattr(r, field), engine_label(r)) == (model, at, label)]
-            cells.append(number(max(found, key=lambda r: r.date).value) if found else "")
+            newest = max(found, key=lambda r: r.date, default=None)
+            old = newest is not None and newest.engine == OURS and newest not in today
+            cells.append((number(newest.value) if newest else "") + (f" ({newest.commit})" if newest and old else ""))
         body.append([model, at, *cells])
     head = ["model", {"prompt": "prompt tokens", "metric": "run"}.get(field, field), *(label for _, label in engines)]
     return [f"### {title}", markdown(head, body), f"{caption(rows)}."]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 from nanovllm.profiling.facts import CASES
@@ -13,7 +14,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Declare the subcommand."""
     parser = commands.add_parser("profile", help="record a case with Nsight Systems, or PyTorch's profiler without it")
     parser.add_argument("model", help="directory, .gguf file or hub id")
-    parser.add_argument("--case", choices=list(CASES), default="decode-b1", help="what to run (default: decode-b1)")
+    parser.add_argument(
+        "--case", nargs="+", choices=list(CASES), default=["decode-b1"], help="what to run (default: decode-b1)"
+    )
     parser.add_argument(
         "--fusion",
         choices=["both", "off", "on", "auto"],
@@ -21,7 +24,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="both (default): unfused, and what the engine chooses by itself",
     )
     parser.add_argument("--profiler", choices=["auto", "nsys", "torch"], default="auto", help="auto: nsys if found")
-    parser.add_argument("--ncu", action="store_true", help="count DRAM traffic with Nsight Compute as well")
+    parser.add_argument("--ncu", action="store_true", help="count DRAM traffic and occupancy with Nsight Compute too")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs: every launch by itself")
@@ -36,23 +39,30 @@ def run(args: argparse.Namespace) -> int:
     """Record, distil, write, and say where."""
     from nanovllm.profiling import capture
 
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
     options = {"load_format": args.load_format, "dtype": args.dtype, "enforce_eager": args.enforce_eager}
     request = capture.Request(
-        args.model, args.case, capture.FUSIONS[args.fusion], args.profiler, args.name, options, args.ncu, args.keep_raw
+        args.model, tuple(args.case), capture.FUSIONS[args.fusion], args.profiler, args.name, options, args.keep_raw
     )
-    profiles, counters = capture.profile(request, say=lambda text: print(text, file=sys.stderr, flush=True))
-    folder = args.out / args.case
-    written = capture.write(folder, profiles, counters, command(args))
-    for p in profiles:
-        print(f"fusion {p.facts.fusion:5} {p.period_us:10.1f} us a step, {p.kernels_per_step:.0f} kernels, "
-              f"GPU idle {p.idle_share:.1%}")  # fmt: skip
-    print("\n".join(str(path) for path in written))
+    capture.require_gpu()
+    with tempfile.TemporaryDirectory(prefix="nanovllm-recordings-") as folder:
+        capture.record(request, Path(folder), say)
+        if args.ncu:
+            capture.count(request, Path(folder), say)
+        published = capture.publish(Path(folder), args.out, lambda profiles: command(args, profiles[0].facts.case))
+    for case, profiles in published.items():
+        for p in profiles:
+            print(f"{case}, fusion {p.facts.fusion:5} {p.period_us:10.1f} us a step, {p.kernels_per_step:.0f} kernels, "
+                  f"GPU idle {p.idle_share:.1%}")  # fmt: skip
+        print(args.out / case / "timeline.html")
     return 0
 
 
-def command(args: argparse.Namespace) -> list[str]:
-    """The command that does the same again, without what is the default."""
-    words = ["nanovllm", "profile", args.name or args.model, "--case", args.case, "--fusion", args.fusion]
+def command(args: argparse.Namespace, case: str) -> list[str]:
+    """The command that does one case again, without what is the default."""
+    words = ["nanovllm", "profile", args.name or args.model, "--case", case, "--fusion", args.fusion]
     words += [flag for flag, given in (("--ncu", args.ncu), ("--enforce-eager", args.enforce_eager)) if given]
     for flag, value, default in (
         ("--profiler", args.profiler, "auto"),

@@ -4,8 +4,8 @@ A graph is recorded once per batch size over buffers that never move; a step fil
 smallest graph that holds it. Sizes 1 to 16 are exact, since that is where padding would show; then steps of 8.
 
 A graph is also recorded for a longest context, for which attention chooses its grid. Fused sizes get a second one for
-short contexts, where a layer is a matter of latency, and the fewest programs a sequence are the fastest: see
-`launch_config.rope_attention_config` for what that gains.
+short contexts, where a layer is a matter of latency and keys are split no further than they reach:
+`launch_config.rope_attention_config` says into how many.
 """
 
 from __future__ import annotations
@@ -73,9 +73,13 @@ class DecodeGraphs:
         """The smallest recorded size that holds `num_seqs` rows."""
         return next(size for size in self._sizes if size >= num_seqs)
 
+    def context_for(self, size: int, max_context: int) -> int:
+        """The longest context of the graph that a step of `size` rows takes, none of them longer than `max_context`."""
+        short = size <= self._short_rows and max_context <= SHORT_CONTEXT
+        return SHORT_CONTEXT if short else self._max_context
+
     def replay(self, size: int, max_context: int) -> torch.Tensor:
         """Run the graph of `size` rows, none of a longer context; its logits stay valid until the next replay."""
-        short = size <= self._short_rows and max_context <= SHORT_CONTEXT
-        key = (size, SHORT_CONTEXT if short else self._max_context)
+        key = (size, self.context_for(size, max_context))
         self._graphs[key].replay()
         return self._logits[key]

@@ -14,6 +14,7 @@ import torch
 from nanovllm.engine.batch import ScheduledBatch, ScheduledSequence
 from nanovllm.engine.staging import Staging
 from nanovllm.kernels.feed import feed_tokens_
+from nanovllm.kernels.sample import TokenSink
 from nanovllm.layers.attention.backend import AttentionMetadata
 from nanovllm.layers.forward_batch import ForwardBatch
 
@@ -32,8 +33,9 @@ class InputBuilder:
         table_bytes = rows * self.max_blocks * 4
         self.mixed = Staging(tokens * 24 + rows * 24 + table_bytes + 256, device)
         self.decode = Staging(rows * 32 + table_bytes + 256, device)
-        shapes = [((rows,), _I64)] * 3 + [((rows,), _I32), ((rows, self.max_blocks), _I32)]
-        self._ids, self._positions, self._slots, self._context_lens, self._table = self.decode.reserve(shapes)
+        shapes = [((1,), _I64)] + [((rows,), _I64)] * 3 + [((rows,), _I32), ((rows, self.max_blocks), _I32)]
+        self._echo_slot, *arrays = self.decode.reserve(shapes)
+        self._ids, self._positions, self._slots, self._context_lens, self._table = arrays
         self._slots.device.fill_(-1)  # until a step says otherwise, nothing is stored
         self._query_start = torch.arange(rows + 1, dtype=torch.int32, device=device)
         # Which sequence's blocks each row of the decode table holds, and how many of them.
@@ -44,12 +46,13 @@ class InputBuilder:
 
     # -- decode-only steps -------------------------------------------------------------------------------------------
 
-    def build_decode(self, batch: ScheduledBatch, padded: int) -> ForwardBatch:
-        """Inputs of a decode-only step in the fixed buffers, padded to `padded` rows.
+    def build_decode(self, batch: ScheduledBatch, padded: int, echo_slot: int = 0) -> ForwardBatch:
+        """Inputs of a decode-only step in the fixed buffers, padded to `padded` rows; its tokens go to `echo_slot`.
 
         Padding rows have context length 0 and slot -1: attention and the KV store skip them.
         """
         items, n = batch.scheduled, len(batch.scheduled)
+        self._echo_slot.host[0] = echo_slot
         positions = np.fromiter((item.start for item in items), _I64, n)
         self._ids.host[:n] = [self._token(item) for item in items]
         self._positions.host[:n] = positions
@@ -79,7 +82,9 @@ class InputBuilder:
             query_lens_cpu=[1] * size,
             context_lens_cpu=lengths,
         )
-        return ForwardBatch(self._ids.device[:size], self._positions.device[:size], metadata, logits_rows=None)
+        return ForwardBatch(
+            self._ids.device[:size], self._positions.device[:size], metadata, logits_rows=None, sampled=self._sampled
+        )
 
     def _update_table_row(self, row: int, item: ScheduledSequence) -> None:
         owner = (item.seq.seq_id, item.seq.num_preemptions)
@@ -95,6 +100,10 @@ class InputBuilder:
     def sampled(self, rows: int) -> torch.Tensor:
         """Where a step leaves its tokens: int64 [rows] on the device, the same memory for every step."""
         return self._sampled[:rows]
+
+    def sink(self, rows: int, echo: torch.Tensor) -> TokenSink:
+        """`sampled(rows)`, and the row of the pinned `echo` [slots, rows] that the decode buffers name."""
+        return TokenSink(self.sampled(rows), echo, self._echo_slot.device)
 
     def remember_sampled(self, seq_ids: list[int]) -> None:
         """Row r of the tokens that are being sampled belongs to seq_ids[r]."""

@@ -178,11 +178,13 @@ class LLMEngine:
             self._in_flight.append((batch, self.runner.launch(batch)))
         except Exception as error:  # whatever went wrong on the device belongs to this batch, not to the engine
             logger.exception("a step failed; its %d sequences end with an error", len(batch.scheduled))
+            self.runner.drain()  # part of it may be queued, and write what later steps use
             self._fail([batch], f"the step failed: {error}")
             return StepInfo(0, 0)
         except BaseException:  # an interrupt: the step did not happen
             self.scheduler.rollback(batch)
             self._settle(keep=0)
+            self.runner.drain()
             raise
         return StepInfo(batch.num_tokens, batch.num_tokens - batch.num_decodes)
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from nanovllm.config import EngineConfig, ModelConfig
-from nanovllm.kernels.chain_config import MAX_CHAIN_ROWS, MAX_FLOAT32_ROWS
+from nanovllm.kernels.chain_config import MAX_CHAIN_ROWS
+from nanovllm.kernels.fusion_config import MAX_FLOAT32_ROWS
 from nanovllm.layers.attention.backend import AttentionBackend, AttentionSpec, select_backend
 from nanovllm.layers.fused_norm_linear import why_not_fused
 from nanovllm.layers.parallel import Build, TensorParallel

@@ -9,6 +9,7 @@ next step may be launched: its inputs name tokens that only the device knows so 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from dataclasses import dataclass, field
@@ -86,7 +87,7 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and not config.enforce_eager and self.loaded.backend.graph_safe:
             sizes = graph_sizes(config.max_num_seqs)
-            self.graphs = DecodeGraphs(self._decode_and_sample, sizes, self.max_model_len, self.loaded.fused_rows)
+            self.graphs = DecodeGraphs(self.decode_and_sample, sizes, self.max_model_len, self.loaded.fused_rows)
             with torch.inference_mode():
                 self.graphs.capture(config.show_progress)
 
@@ -149,14 +150,17 @@ class ModelRunner:
         """Queue one step. Raises whatever the device raises; errors of single requests are in the output."""
         output = StepOutput(token_ids=[])
         seqs = [item.seq for item in batch.scheduled if item.samples]
-        tokens = self._host_tokens[self._num_launched % IN_FLIGHT][: len(seqs)]
+        slot = self._num_launched % IN_FLIGHT
+        tokens = self._host_tokens[slot, : len(seqs)]
         self._num_launched += 1
+        echoed = False
         if batch.num_decodes == len(batch.scheduled):
-            result: SamplerOutput | None = self._launch_decodes(batch, seqs)
+            result, echoed = self._launch_decodes(batch, seqs, slot)
         else:
             result = self._launch_mixed(batch, seqs, output)
         if result is not None:
-            tokens.copy_(result.token_ids, non_blocking=True)
+            if not echoed:
+                tokens.copy_(result.token_ids, non_blocking=True)
             self.inputs.remember_sampled([seq.seq_id for seq in seqs])
         done = torch.cuda.Event() if self.device.type == "cuda" else None
         if done is not None:
@@ -181,19 +185,24 @@ class ModelRunner:
             }
         return output
 
-    def _launch_decodes(self, batch: ScheduledBatch, seqs: list[Sequence]) -> SamplerOutput:
-        """A step of decodes only: a replayed graph if there is one, the same operations one by one otherwise."""
+    def _launch_decodes(
+        self, batch: ScheduledBatch, seqs: list[Sequence], slot: int
+    ) -> tuple[SamplerOutput | None, bool]:
+        """A step of decodes only: a replayed graph if there is one, the same operations one by one otherwise.
+
+        Also says whether the tokens are on their way to row `slot` of the host's memory: a graph sends them itself.
+        """
         n = len(seqs)
         size = n if self.graphs is None else self.graphs.size_for(n)
-        inputs = self.inputs.build_decode(batch, size)
+        inputs = self.inputs.build_decode(batch, size, slot)
         rows = [seq.sampling for seq in seqs]
         if self.graphs is None:
-            return self._sample(self._forward_decode(size, inputs), rows, inputs.positions)
+            return self._sample(self._forward_decode(size, inputs), rows, inputs.positions), False
         in_graph = self.sampling.fill(rows)
         logits = self.graphs.replay(size, inputs.attention.max_context_len)[:n]
         if not in_graph:
-            return self._sample(logits, rows, inputs.positions[:n])
-        return self.sampler.score(logits, rows, self.inputs.sampled(n))
+            return self._sample(logits, rows, inputs.positions[:n]), False
+        return self.sampler.score(logits, rows, self.inputs.sampled(n)), True
 
     def _launch_mixed(self, batch: ScheduledBatch, seqs: list[Sequence], output: StepOutput) -> SamplerOutput | None:
         """A step with prefill chunks, operation by operation."""
@@ -218,24 +227,23 @@ class ModelRunner:
         self.inputs.sampled(len(rows)).copy_(result.token_ids)
         return result
 
-    def _decode_and_sample(self, size: int, max_context: int) -> torch.Tensor:
+    def decode_and_sample(self, size: int, max_context: int) -> torch.Tensor:
         """What a graph records: from the token ids of the step before to those of this one. Returns the logits."""
         logits = self._forward_decode(size, self.inputs.decode_view(size, [max_context] * size))
-        self.inputs.sampled(size).copy_(sample_rows(logits, self.sampling.view(size)))
+        sample_rows(logits, self.sampling.view(size), sink=self.inputs.sink(size, self._host_tokens))
         return logits
 
     def _forward_decode(self, size: int, inputs: ForwardBatch) -> torch.Tensor:
         """Logits [size, vocab] of one token a sequence."""
-        self.inputs.feed(inputs.input_ids)
         if size <= self.loaded.fused_rows:
             return self.model.decode(inputs, self.caches)
+        self.inputs.feed(inputs.input_ids)
         return self.model.compute_logits(self.model(inputs, self.caches))
 
-    def _pinned_tokens(self) -> list[torch.Tensor]:
-        """Where tokens go on their way to the host: of the step that is collected, and of the one behind it."""
-        pinned = self.device.type == "cuda"
-        rows = self.config.max_num_seqs
-        return [torch.zeros(rows, dtype=torch.int64, pin_memory=pinned) for _ in range(IN_FLIGHT)]
+    def _pinned_tokens(self) -> torch.Tensor:
+        """Where tokens go on their way to the host: a row for the step that is collected, one for that behind it."""
+        shape = (IN_FLIGHT, self.config.max_num_seqs)
+        return torch.zeros(shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
 
     def _score_prompts(self, batch: ScheduledBatch, hidden: torch.Tensor, output: StepOutput) -> None:
         """Log-probabilities of prompt tokens; hidden [T, hidden] holds all tokens of the step.
@@ -269,11 +277,20 @@ class ModelRunner:
         """Prompts under different salts never share KV: dynamic NTK rotates keys by the length of their prompt."""
         return str(prompt_len).encode() if self.model.model.rotary.needs_prompt_lens(prompt_len) else b""
 
+    def drain(self) -> None:
+        """Wait for what is queued on the device, without its results: it may write buffers of the host.
+
+        A device that failed says so where results are asked for; here it only has nothing left to wait for.
+        """
+        if self.device.type == "cuda":
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.synchronize(self.device)
+
     def close(self) -> None:
         """Drop everything on the device; the runner cannot be used afterwards."""
+        self.drain()
         self.graphs = None
         self.caches = []
-        self._host_tokens = []
-        del self.model, self.loaded, self.inputs, self.sampler, self.sampling
+        del self._host_tokens, self.model, self.loaded, self.inputs, self.sampler, self.sampling
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Fuse RMSNorm→Linear in models that are not ours: any `nn.Module`, for example one of Hugging Face's.
+"""Fuse RMSNorm→Linear, with SwiGLU behind it, in models that are not ours: any `nn.Module`, say Hugging Face's.
 
     from nanovllm.fusion import fuse, report
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from nanovllm.fusion.apply import fuse, unfuse
 from nanovllm.fusion.detect import Group, detect
+from nanovllm.fusion.gate import Gate
 from nanovllm.fusion.report import Pattern, Report, report
 
-__all__ = ["Group", "Pattern", "Report", "detect", "fuse", "report", "unfuse"]
+__all__ = ["Gate", "Group", "Pattern", "Report", "detect", "fuse", "report", "unfuse"]

@@ -3,15 +3,20 @@
     norm(x)      returns W (gamma * x / rms(x)) + b for the weights of all its linears at once, [..., N1 + N2 + ...]
     linear_i(y)  returns its own columns of that
 
+and where the linears are gate and up of a module that computes SwiGLU (`gate`):
+
+    norm(x)      returns silu(gate) * up, [..., I]
+    mlp(y)       returns down(y)
+
 So nothing is kept between calls, nothing is synchronised, and graphs and `torch.compile` see one operator and views.
 A tensor of the norm's output width that reaches somebody unforeseen has the wrong shape and is noticed, where an
 un-normalised x in its place would not be. A linear that is called by itself with [..., K] computes what it always did.
 
 Modules stay the same objects; only their class changes. The linears' parameters become slices of one packed weight:
-same names and values in `state_dict`, no memory twice, and what is loaded or written into them in place is what the
-operator reads. Moving, assigning or copying them undoes the packing, and the next forward packs again. Two things go
-unnoticed: `parameter.data = other`, and writing into a Gemma norm's weight other than by `load_state_dict`, for
-1 + weight is kept.
+same names and values in `state_dict`, and what is loaded or written into them in place is what the operator reads. No
+weight is in memory twice but while its group is packed, one group after the other. Moving, assigning or copying them
+undoes the packing, and the next forward packs again. Two things go unnoticed: `parameter.data = other`, and writing
+into a Gemma norm's weight other than by `load_state_dict`, for 1 + weight is kept.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from torch import nn
 
 from nanovllm.fusion.detect import Group, example_call, observe
 from nanovllm.fusion.flow import tensors
+from nanovllm.kernels import reference
 from nanovllm.kernels.rms_norm_linear_fusion import rms_norm_linear
 
 _PACKED = ("packed_weight", "packed_bias", "packed_gamma")
@@ -36,24 +42,22 @@ def fuse(model: nn.Module, *args: Any, **kwargs: Any) -> list[Group]:
 
     Arguments and errors as in `detect`. The example call is run again afterwards (so it must not depend on earlier
     ones): groups that change its result beyond rounding, or break it, are restored and get that as their reason.
-    Groups that are fused already stay so.
+    A SwiGLU that cannot be taken in stays outside, with `gate_reasons`. Groups that are fused already stay so.
     """
     call = example_call(model, args, kwargs)
     groups, expected = observe(model, call)
     todo = [group for group in groups if not group.reasons and not group.fused]
-    faults: dict[tuple[str, tuple[str, ...]], str] = {}
-    if _try(model, todo, call, expected) is not None:
-        for pattern in dict.fromkeys(group.pattern for group in todo):  # which of them is it?
-            alike = [group for group in todo if group.pattern == pattern]
-            if (fault := _try(model, alike, call, expected)) is not None:
-                faults[pattern] = fault
-    done = [
-        group if group not in todo
-        else replace(group, reasons=(faults[group.pattern],)) if group.pattern in faults
-        else replace(group, fused=True)
-        for group in groups
-    ]  # fmt: skip
-    return done
+    if _try(model, todo, call, expected) is None:
+        return [replace(group, fused=True) if group in todo else group for group in groups]
+    done = {group.norm: group for group in groups}
+    for pattern in dict.fromkeys(group.pattern for group in todo):  # which of them is it?
+        alike = [group for group in todo if group.pattern == pattern]
+        fault = _try(model, alike, call, expected)
+        if fault is not None and alike[0].gate is not None:
+            alike = [replace(group, gate=None, gate_reasons=(fault,)) for group in alike]
+            fault = _try(model, alike, call, expected)
+        done |= {g.norm: replace(g, fused=fault is None, reasons=() if fault is None else (fault,)) for g in alike}
+    return list(done.values())
 
 
 def unfuse(model: nn.Module) -> int:
@@ -92,27 +96,33 @@ class _Member(nn.Module):
 class FusedNorm(_Member):
     """What a norm becomes: RMSNorm and the linears behind it. x: [..., K] -> [..., N], N the sum of their widths.
 
+    With SwiGLU behind them: x: [..., K] -> [..., N / 2].
+
     A mixin in front of the norm's own class; parameters, attributes and place stay. It has no backward.
     """
 
     fused_class: type[nn.Module]  # the norm's own
     fused_group: Group
     fused_linears: tuple[nn.Linear, ...]
+    fused_mlp: tuple[
+        nn.Module, ...
+    ]  # what computes SwiGLU, if that is part of the group; in a tuple, as it is no child
     packed_weight: torch.Tensor | None
     packed_bias: torch.Tensor | None
     packed_gamma: torch.Tensor | None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., K] -> [..., N]; raises RuntimeError in training mode."""
+        """[..., K] -> [..., N] or, with SwiGLU, [..., N / 2]; raises RuntimeError in training mode."""
         if self.training:
             raise RuntimeError("a fused model cannot be trained: call nanovllm.fusion.unfuse(model) first")
         weight = self.packed_weight
         if weight is None:
             weight = _pack(self)
-        form = self.fused_group.form
+        form, activation = self.fused_group.form, self.fused_group.activation
         if form is None or torch.is_autocast_enabled(x.device.type):
-            return F.linear(self.fused_class.forward(self, x), weight, self.packed_bias)
-        return rms_norm_linear(x, weight, self.packed_gamma, form.eps, bias=self.packed_bias)
+            y = F.linear(self.fused_class.forward(self, x), weight, self.packed_bias)
+            return y if activation is None else reference.silu_mul(y)
+        return rms_norm_linear(x, weight, self.packed_gamma, form.eps, bias=self.packed_bias, activation=activation)
 
     def _owner(self) -> FusedNorm:
         return self
@@ -123,34 +133,51 @@ class FusedNorm(_Member):
         return state
 
     def __reduce__(self) -> tuple[Any, ...]:  # the class was made at run time: pickle needs to know how
-        return _bare, (self.fused_class,), self.__getstate__()
+        return _bare, (FusedNorm, self.fused_class), self.__getstate__()
 
 
 class FusedLinear(_Member, nn.Linear):
     """What a linear behind a fused norm becomes: its columns of the packed result."""
 
-    fused_columns: tuple[int, int, int]  # first, one past the last, width of the packed result
+    fused_columns: tuple[int, int, int] | None  # first, one past the last, width of the packed result; None: SwiGLU's
     fused_norm: tuple[FusedNorm]  # in a tuple, or it would become a submodule
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
         """[..., N] -> [..., N_i], a view; [..., K] that did not come from the norm -> [..., N_i] as ever."""
-        start, stop, width = self.fused_columns
-        if y.shape[-1] != width:
+        if self.fused_columns is None or y.shape[-1] != self.fused_columns[2]:
             return F.linear(y, self.weight, self.bias)
+        start, stop, width = self.fused_columns
         return y if stop - start == width else y.narrow(-1, start, stop - start)
 
     def _owner(self) -> FusedNorm:
         return self.fused_norm[0]
 
 
-def _class_for(norm: type[nn.Module]) -> type[FusedNorm]:
-    """FusedNorm in front of a norm's own class; one class for all norms of a kind, or each would be compiled anew."""
-    found = next((c for c in FusedNorm.__subclasses__() if c.fused_class is norm), None)
-    return found or type(f"Fused{norm.__name__}", (FusedNorm, norm), {"fused_class": norm, "__module__": __name__})
+class FusedMLP(nn.Module):
+    """What a module becomes whose silu(gate) * up is the fused norm's: a mixin in front of its own class."""
+
+    fused_class: type[nn.Module]  # the module's own
+    fused_down: str  # its child that reads the product
+    fused_width: int
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        """[..., I] -> down(y); [..., K] that did not come from the norm -> as ever."""
+        if y.shape[-1] != self.fused_width:
+            return self.fused_class.forward(self, y)
+        return self.get_submodule(self.fused_down)(y)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _bare, (FusedMLP, self.fused_class), self.__dict__
 
 
-def _bare(norm: type[nn.Module]) -> FusedNorm:
-    cls = _class_for(norm)
+def _class_for(mixin: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:
+    """A mixin in front of a module's own class; one class for all modules of a kind, or each would be compiled anew."""
+    found = next((c for c in mixin.__subclasses__() if getattr(c, "fused_class", None) is own), None)
+    return found or type(f"Fused{own.__name__}", (mixin, own), {"fused_class": own, "__module__": __name__})
+
+
+def _bare(mixin: type[nn.Module], own: type[nn.Module]) -> nn.Module:
+    cls = _class_for(mixin, own)
     return cls.__new__(cls)
 
 
@@ -158,16 +185,21 @@ def _replace(model: nn.Module, group: Group) -> FusedNorm:
     """Turn the modules of a group into fused ones."""
     norm: Any = model.get_submodule(group.norm)
     linears: list[Any] = [model.get_submodule(name) for name in group.linears]
-    norm.__class__ = _class_for(type(norm))
+    norm.__class__ = _class_for(FusedNorm, type(norm))
     norm.fused_group = replace(group, fused=True)
-    norm.fused_linears = tuple(linears)
+    norm.fused_linears, norm.fused_mlp = tuple(linears), ()
+    if group.gate is not None:
+        mlp: Any = model.get_submodule(group.gate.module)
+        mlp.__class__ = _class_for(FusedMLP, type(mlp))
+        mlp.fused_down, mlp.fused_width = group.gate.down, group.outputs
+        norm.fused_mlp = (mlp,)
     for name in _PACKED:
         norm.register_buffer(name, None, persistent=False)
     start = 0
     for linear, rows in zip(linears, group.rows, strict=True):
         linear.__class__ = FusedLinear
         linear.fused_norm = (norm,)
-        linear.fused_columns = (start, start + rows, group.n)
+        linear.fused_columns = None if group.gate is not None else (start, start + rows, group.n)
         start += rows
     _pack(norm)
     return norm
@@ -182,7 +214,10 @@ def _restore(norm: FusedNorm) -> None:
                 parameter.data = parameter.data.clone()
         del linear.fused_norm, linear.fused_columns
         linear.__class__ = nn.Linear
-    del norm.fused_linears, norm.fused_group
+    for mlp in norm.fused_mlp:
+        mlp.__class__ = mlp.fused_class  # type: ignore[assignment]
+        del mlp.fused_down, mlp.fused_width
+    del norm.fused_linears, norm.fused_group, norm.fused_mlp
     for name in _PACKED:
         delattr(norm, name)
         norm._non_persistent_buffers_set.discard(name)

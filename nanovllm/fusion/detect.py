@@ -8,11 +8,16 @@ A group is a norm and the linears that read its output. It may be fused when
     returns its output, as `last_hidden_state`, to whoever calls it,
   * the linears read nothing else, and none of the modules is special: hooks, subclasses, quantised or tied weights.
 
+If the linears are gate and up of SwiGLU, and the module that calls them does nothing but that and hand the product to a
+child (`gate`), then silu(gate) * up can be part of the fused kernel as well; the module's own code is then not run any
+more, so it must have one path only.
+
 All this is known of the calls that were watched; code that other arguments would reach has not been seen.
 """
 
 from __future__ import annotations
 
+import dis
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,6 +27,7 @@ import torch
 from torch import nn
 
 from nanovllm.fusion.flow import Flow, Produced
+from nanovllm.fusion.gate import Gate
 from nanovllm.fusion.probe import RMSNormForm, identify
 from nanovllm.kernels.fusion_config import ELEMENT_SIZES
 
@@ -35,17 +41,29 @@ class Group:
     norm: str
     linears: tuple[str, ...]
     k: int  # features the norm runs over
-    rows: tuple[int, ...]  # output features of each linear
+    rows: tuple[int, ...]  # rows of each linear's weight
     bias: bool
     dtype: str
     form: RMSNormForm | None = None  # None: not an RMSNorm
     reasons: tuple[str, ...] = ()  # why it must be left alone; () if it may be fused
     fused: bool = False
+    gate: Gate | None = None  # the SwiGLU behind the linears that can be, or is, part of the kernel
+    gate_reasons: tuple[str, ...] = ()  # why a SwiGLU that was seen must stay outside
 
     @property
     def n(self) -> int:
-        """Output features of all linears together."""
+        """Weight rows of all linears together."""
         return sum(self.rows)
+
+    @property
+    def activation(self) -> str | None:
+        """What the fused operator applies."""
+        return "swiglu" if self.gate is not None else None
+
+    @property
+    def outputs(self) -> int:
+        """Width of the fused operator's result."""
+        return self.n // 2 if self.gate is not None else self.n
 
     @property
     def pattern(self) -> tuple[str, tuple[str, ...]]:
@@ -53,8 +71,13 @@ class Group:
         return re.sub(r"\b\d+\b", "*", self.norm), tuple(re.sub(r"\b\d+\b", "*", name) for name in self.linears)
 
     def bytes_saved(self, m: int = 1) -> int:
-        """Memory traffic for m rows that fusion avoids in theory: the normalised rows, written once, read by each."""
-        return (1 + len(self.linears)) * m * self.k * ELEMENT_SIZES.get(self.dtype, 0)
+        """Memory traffic for m rows that fusion avoids in theory.
+
+        The normalised rows, written once and read by each linear; with SwiGLU gate, silu(gate) and up, each written and
+        read once.
+        """
+        elements = (1 + len(self.linears)) * self.k + (6 * self.outputs if self.gate is not None else 0)
+        return elements * m * ELEMENT_SIZES.get(self.dtype, 0)
 
 
 def detect(model: nn.Module, *args: Any, **kwargs: Any) -> list[Group]:
@@ -136,6 +159,8 @@ def _group(
     if "fused_group" in vars(norm):
         return None
     linears = tuple(dict.fromkeys(linear for c in calls for linear in c.linears))
+    gate, gate_reasons = _gate(calls, linears, modules, hooked)
+    linears = linears if gate is None else gate.linears
     k = first.shape[-1]
     found: list[str] = list(dict.fromkeys(problem for c in calls for problem in c.problems))
     patched = _special(norm, name, hooked)
@@ -145,7 +170,7 @@ def _group(
         if "norm" not in type(norm).__name__.lower() and not any(p.shape == (k,) for p in own):
             return None  # an activation, a dropout, ...
         found.insert(0, f"{name} {form}")
-    if any(tuple(c.linears) != linears for c in calls):
+    if any(set(c.linears) != set(linears) for c in calls):
         found.append("its calls go into different linears")
     layers = [modules[linear] for linear in linears]
     for linear, layer in zip(linears, layers, strict=True):
@@ -159,10 +184,45 @@ def _group(
     if dtype not in ELEMENT_SIZES:
         found.append(f"dtype {first.dtype} is none of {', '.join(ELEMENT_SIZES)}")
     rows = tuple(int(getattr(layer, "out_features", 0)) for layer in layers)
+    if gate is None and sum(rows) == k:
+        found.append(f"its linears' {k} outputs are as wide as its input: rows no norm made would not be noticed")
     bias = any(getattr(layer, "bias", None) is not None for layer in layers)
+    proven = form if isinstance(form, RMSNormForm) else None
     return Group(
-        name, linears, k, rows, bias, dtype, form if isinstance(form, RMSNormForm) else None, tuple(found)
+        name, linears, k, rows, bias, dtype, proven, tuple(found), gate=gate, gate_reasons=gate_reasons
     )  # fmt: skip
+
+
+def _gate(
+    calls: list[Produced], linears: tuple[str, ...], modules: dict[str, nn.Module], hooked: set[str]
+) -> tuple[Gate | None, tuple[str, ...]]:
+    """The SwiGLU that all calls' linears belong to, or None and why one that was seen cannot be part of the kernel."""
+    seen = [[gate for gate in c.gates if isinstance(gate, Gate)] for c in calls]
+    reasons = tuple(dict.fromkeys(reason for c in calls for reason in c.gates if isinstance(reason, str)))
+    gate = next((gate for gates in seen for gate in gates), None)
+    if gate is None or any(gates != [gate] for gates in seen):
+        return None, reasons or (() if gate is None else (f"{gate.module} does not do the same in every call",))
+    if set(gate.linears) != set(linears):
+        return None, (f"the norm feeds other linears beside {', '.join(gate.linears)}",)
+    width = sum(getattr(modules[linear], "out_features", 0) for linear in linears) // 2
+    if width == getattr(modules[linears[0]], "in_features", 0):
+        return None, ("its result is as wide as its input, so that rows no norm made would not be noticed",)
+    down = f"{gate.module}.{gate.down}".lstrip(".")
+    for name in (n for n in modules if n == gate.module or n.startswith(f"{gate.module}.") or not gate.module):
+        if name == down or name.startswith(f"{down}."):
+            continue
+        if (special := _special(modules[name], name, hooked)) is not None:
+            return None, (f"{name or 'the model'} {special}",)
+    if _branches(type(modules[gate.module])):
+        return None, (f"the code of {gate.module} branches: only the path that was taken is known",)
+    return gate, ()
+
+
+def _branches(module: type[nn.Module]) -> bool:
+    """Whether a class's `forward` has more than one path: any jump in its code, or code that cannot be read."""
+    code = getattr(module.forward, "__code__", None)
+    jumps = {*dis.hasjrel, *dis.hasjabs}
+    return code is None or any(step.opcode in jumps for step in dis.get_instructions(code))
 
 
 def _special(module: nn.Module, name: str, hooked: set[str]) -> str | None:

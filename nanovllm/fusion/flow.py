@@ -1,4 +1,4 @@
-"""Watch one forward pass: which modules produce a tensor, and who reads its memory afterwards.
+"""Watch one forward pass: which modules produce a tensor, who reads its memory afterwards, which calls are gates.
 
 Every operator that PyTorch dispatches is seen, whatever Python wrote it, and compared by storage: views, slices and
 aliases of a tensor count as that tensor. What is learned holds for the calls that were watched. Whether a module is a
@@ -18,6 +18,8 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanovllm.fusion.gate import Gate, GateTrace
+
 
 @dataclass
 class Produced:
@@ -31,6 +33,12 @@ class Produced:
     row_stride: int
     linears: list[str] = field(default_factory=list)  # that read it, in order
     problems: list[str] = field(default_factory=list)  # readers that are no linears, and how it escapes
+    gates: list[Gate | str] = field(default_factory=list)  # calls with all of it that apply silu: a gate, or why not
+
+    def is_whole(self, value: torch.Tensor) -> bool:
+        """Whether an alias of it has all of its rows, each of them whole."""
+        same = value.numel() == self.shape.numel() and value.shape[-1] == self.shape[-1]
+        return same and not any(stride % self.row_stride for stride in value.stride()[:-1])
 
     def note(self, problem: str) -> None:
         """Keep a problem once."""
@@ -62,6 +70,8 @@ class Flow(TorchDispatchMode):
         self.sources: dict[str, list[Produced | None]] = {}  # linear -> what each of its calls read
         self._alive: dict[int, Produced] = {}  # storage -> its record; the weak reference keeps the key unique
         self._inside: list[Produced | None] = []  # what the linears that are running now read
+        self._running: list[tuple[GateTrace, Produced] | None] = []  # one entry a module that is running now
+        self._gates: list[tuple[GateTrace, Produced, Gate]] = []
         self._handles: list[Any] = []
 
     def __enter__(self) -> Flow:
@@ -87,7 +97,11 @@ class Flow(TorchDispatchMode):
         for produced in self._alive.values():
             if not produced.storage.expired():
                 produced.note("its output outlives the forward pass: it is returned or stored somewhere")
+        for trace, produced, gate in self._gates:
+            kept = not all(storage.expired() for storage in trace.storages)
+            produced.gates.append(f"what {trace.module} computes outlives the forward pass" if kept else gate)
         self._alive.clear()
+        self._gates.clear()
 
     def _record(self, tensor: torch.Tensor) -> Produced | None:
         """What a tensor is an alias of, if that is watched."""
@@ -99,21 +113,39 @@ class Flow(TorchDispatchMode):
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = self.names[id(module)]
         self.called.setdefault(name)
-        if not isinstance(module, nn.Linear):
-            return
         value = next(tensors([args, kwargs]), None)
         record = None if value is None else self._record(value)
-        if record is not None and value is not None:
+        whole = record is not None and value is not None and record.is_whole(value)
+        linear = isinstance(module, nn.Linear)
+        for trace, source in self._traces():
+            trace.enter(name, linear, whole and record is source, args)
+        if linear and record is not None and value is not None:
             if name not in record.linears:
                 record.linears.append(name)
-            whole = value.numel() == record.shape.numel() and value.shape[-1] == record.shape[-1]
-            if not whole or any(stride % record.row_stride for stride in value.stride()[:-1]):
+            if not whole:
                 record.note(f"{name} reads only a part of its output or another shape of it, {list(value.shape)}")
-        self.sources.setdefault(name, []).append(record)
-        self._inside.append(record)
+        if linear:
+            self.sources.setdefault(name, []).append(record)
+            self._inside.append(record)
+        alone = len(args) == 1 and not kwargs and args[0] is value
+        parent = not linear and next(module.children(), None) is not None
+        self._running.append((GateTrace(name), record) if record is not None and whole and alone and parent else None)
+
+    def _traces(self) -> list[tuple[GateTrace, Produced]]:
+        return [entry for entry in self._running if entry is not None]
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         name = self.names[id(module)]
+        ended = self._running.pop()
+        if ended is not None:
+            trace, source = ended
+            gate = trace.finish(output)
+            if gate is not None:
+                self._gates.append((trace, source, gate))
+            elif trace.activated and trace.fault is not None:
+                source.gates.append(trace.fault)
+        for trace, _ in self._traces():
+            trace.leave(name, output)
         if isinstance(module, nn.Linear):
             self._inside.pop()
             return
@@ -144,7 +176,8 @@ class Flow(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         inside = self._inside[-1] if self._inside else None
-        for tensor in tensors([args, kwargs]):
+        inputs = list(tensors([args, kwargs]))
+        for tensor in inputs:
             record = self._record(tensor)
             if record is None or (record is inside and not func._schema.is_mutable):
                 continue
@@ -152,4 +185,7 @@ class Flow(TorchDispatchMode):
                 record.note(f"its output meets an operator that writes in place, {func}")
             elif not func.is_view:
                 record.note(f"its output is also read by {func}")
-        return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        for trace, _ in self._traces():
+            trace.operator(func, inputs, output)
+        return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +19,15 @@ class Pattern:
     norm: str
     linears: tuple[str, ...]
     count: int
-    n: int  # output features of all linears together
+    n: int  # weight rows of all linears together
     k: int
     bias: bool
+    activation: str | None  # part of the fused operator
     dtype: str
     fused: bool
     bytes_saved: int  # by all of them, for one row
     reasons: tuple[str, ...]  # why they are left alone
+    gate_reasons: tuple[str, ...]  # why their SwiGLU stays outside
     fallback: tuple[str, ...]  # why one row would not run a fused kernel on the model's device
 
 
@@ -50,10 +53,11 @@ class Report:
         for p in self.patterns:
             short = ", ".join(name.rpartition(".")[2] for name in p.linears)
             state = "fused" if p.fused else "left alone" if p.reasons else "can be fused"
-            extra = " + bias" if p.bias else ""
+            extra = (" + bias" if p.bias else "") + (f" → {p.activation}" if p.activation else "")
             numbers = f"  {p.count:>5}  {f'[{p.n}, {p.k}]':<18}{p.bytes_saved / 1e3:>9.1f}"
             lines.append(f"{numbers}  {p.norm} → {short}{extra}: {state}")
             lines += [f"{'':>36}{reason}" for reason in p.reasons]
+            lines += [f"{'':>36}SwiGLU stays outside: {reason}" for reason in p.gate_reasons if not p.reasons]
             lines += [f"{'':>36}falls back at one row: {reason}" for reason in p.fallback]
         lines.append(f"bytes saved in theory: {self.bytes_saved:,} a row (a token)")
         return "\n".join(lines)
@@ -63,18 +67,27 @@ def report(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     """Patterns of a model, fused or not. Arguments and errors as in `detect`."""
     alike: dict[Any, list[Group]] = {}
     for group in detect(model, *args, **kwargs):
-        reasons = tuple(reason.replace(group.norm, group.pattern[0]) for reason in group.reasons)
-        key = (group.pattern, group.n, group.k, group.bias, group.dtype, group.fused, reasons)
+        reasons, gate_reasons = _of_any_layer(group.reasons), _of_any_layer(group.gate_reasons)
+        key = (
+            group.pattern, group.n, group.k, group.bias, group.activation, group.dtype, group.fused,
+            reasons, gate_reasons,
+        )  # fmt: skip
         alike.setdefault(key, []).append(group)
-    return Report(tuple(_pattern(model, groups, key[-1]) for key, groups in alike.items()))
+    return Report(tuple(_pattern(model, groups, *key[-2:]) for key, groups in alike.items()))
 
 
-def _pattern(model: nn.Module, groups: list[Group], reasons: tuple[str, ...]) -> Pattern:
+def _of_any_layer(reasons: tuple[str, ...]) -> tuple[str, ...]:
+    """Sentences with `*` for numbers in names, as in `Group.pattern`."""
+    return tuple(re.sub(r"\.\d+\b(?=\.)", ".*", reason) for reason in reasons)
+
+
+def _pattern(model: nn.Module, groups: list[Group], reasons: tuple[str, ...], gate_reasons: tuple[str, ...]) -> Pattern:
     first = groups[0]
     norm, linears = first.pattern
     return Pattern(
-        norm, linears, len(groups), first.n, first.k, first.bias, first.dtype, first.fused,
-        sum(group.bytes_saved() for group in groups), reasons, () if reasons else _fallback(model, first),
+        norm, linears, len(groups), first.n, first.k, first.bias, first.activation, first.dtype, first.fused,
+        sum(group.bytes_saved() for group in groups), reasons, gate_reasons,
+        () if reasons else _fallback(model, first),
     )  # fmt: skip
 
 
@@ -82,4 +95,5 @@ def _fallback(model: nn.Module, group: Group) -> tuple[str, ...]:
     """`why_not` of one row; the weight is a stand-in without memory of its own."""
     weight = model.get_submodule(group.linears[0]).get_parameter("weight").detach()
     x = weight.new_empty(1, group.k)
-    return tuple(why_not(x, weight[:1].expand(group.n, group.k), None, group.form.eps if group.form else 0.0))
+    eps = group.form.eps if group.form else 0.0
+    return tuple(why_not(x, weight[:1].expand(group.n, group.k), None, eps, activation=group.activation))

@@ -17,14 +17,17 @@ import torch.nn.functional as F
 
 from nanovllm.kernels import native
 
-_DTYPES = (torch.float32, torch.bfloat16)
 _PACK_ROWS = 16  # rows the blocked layout is chosen for; measured best or equal from 1 to 256 rows
 _LEFT_ROWS = 7  # most rows for which W @ xᵀ beats oneDNN on the plain weight; measured with fp32 [49152, 576]
 
 
 def can_pack(weight: torch.Tensor) -> bool:
-    """Whether oneDNN can hold this weight in its own layout."""
-    return weight.device.type == "cpu" and weight.dtype in _DTYPES and torch.backends.mkldnn.is_available()
+    """Whether oneDNN can hold this weight in its own layout; in bfloat16 that takes a CPU with AVX-512 or the like."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:

@@ -108,14 +108,18 @@ def _decode_kernel(
 def _merge_kernel(
     partial, partial_lse, context_lens, out, out_stride, window, max_splits, min_split,
     Q_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, query head): weigh the splits' outputs by their share of the softmax's denominator."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     context = tl.load(context_lens + sequence)
     span = context - _first_key(context, window, HAS_WINDOW, BLOCK_N)
     length = _split_length(span, max_splits, min_split, BLOCK_N)
+    if PDL:  # also where there is nothing to merge: who waits for this kernel waits for the attention before it
+        tl.extra.cuda.gdc_wait()
     if span <= length:
         return
     split = tl.arange(0, BLOCK_S)
@@ -171,20 +175,36 @@ def decode_attention(
     workspace = (num_seqs, q_heads, splits) if splits > 1 else (0,)
     lse = torch.empty(workspace, dtype=torch.float32, device=q.device)
     partial = torch.empty((*workspace, dim), dtype=torch.float32, device=q.device)
-    shared = {
-        "HEAD_DIM": dim, "BLOCK_D": next_power_of_2(dim), "BLOCK_N": config.block_n,
-        "HAS_WINDOW": window is not None,
-    }  # fmt: skip
     _decode_kernel[(num_seqs * kv_heads, splits)](
         q, k_cache, v_cache, block_table, context_lens, out, partial, lse, scale * math.log2(math.e),
         q.stride(0), out.stride(0), block_table.stride(0), k_cache.stride(0), v_cache.stride(0),
         window or 0, splits, config.min_split,
-        KV_HEADS=kv_heads, GROUP=q_heads // kv_heads, PAGE=page, ROWS=max(16, next_power_of_2(q_heads // kv_heads)),
-        SPLIT=splits > 1, num_warps=config.num_warps, num_stages=config.num_stages, **shared,
+        KV_HEADS=kv_heads, GROUP=q_heads // kv_heads, HEAD_DIM=dim, PAGE=page,
+        ROWS=max(16, next_power_of_2(q_heads // kv_heads)), BLOCK_D=next_power_of_2(dim), BLOCK_N=config.block_n,
+        HAS_WINDOW=window is not None, SPLIT=splits > 1, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if splits > 1:
-        _merge_kernel[(num_seqs, q_heads)](
-            partial, lse, context_lens, out, out.stride(0), window or 0, splits, config.min_split,
-            Q_HEADS=q_heads, BLOCK_S=next_power_of_2(splits), num_warps=4, **shared,
-        )  # fmt: skip
+        merge_splits(partial, lse, context_lens, out, window, config)
     return out
+
+
+def merge_splits(
+    partial: torch.Tensor,
+    lse: torch.Tensor,
+    context_lens: torch.Tensor,
+    out: torch.Tensor,
+    window: int | None,
+    config: DecodeConfig,
+    pdl: bool = False,
+) -> None:
+    """Weigh the outputs of splits, partial [B, Hq, splits, D] and lse [B, Hq, splits] (float32), into out [B, Hq, D].
+
+    `config` is what the splits were made with. Sequences of one split are left alone: their result is in `out`.
+    """
+    num_seqs, q_heads, splits, dim = partial.shape
+    _merge_kernel[(num_seqs, q_heads)](
+        partial, lse, context_lens, out, out.stride(0), window or 0, splits, config.min_split,
+        Q_HEADS=q_heads, HEAD_DIM=dim, BLOCK_D=next_power_of_2(dim), BLOCK_S=next_power_of_2(splits),
+        BLOCK_N=config.block_n, HAS_WINDOW=window is not None, PDL=pdl, num_warps=4,
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip

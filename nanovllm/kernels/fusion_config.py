@@ -25,8 +25,14 @@ TABLES = Path(__file__).resolve().parent / "tuned" / OPERATOR
 VARIABLE = "NANOVLLM_TUNED"
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # dtypes the kernels compute in
 MAX_GEMV_ROWS = 8
+MAX_PANEL_ROWS = 16
+MAX_CHUNKS = 160  # of a row, in the unrolled loops of gemv and panel: compile time grows with it
 MAX_GUESSED_ROWS = 16  # above it, only a measurement may say that fusion pays
+MAX_FLOAT32_ROWS = 4
 _THREAD_BYTES = 512  # a thread's share of a GEMV's weight tile: half of its registers
+_LANE_BYTES = 256  # a lane's share of a GEMV's weight rows, by the heuristic
+_WINDOW_BYTES = 384  # of a thread's share of a GEMV's weight rows, where they come in several windows
+_PANEL_BYTES = 1200  # what a thread of a panel may ask for; above some 900 of it the compiler loads x in two goes
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +68,16 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class FusionConfig:
-    """One way to run the operator. As text: "unfused", "gemv/16/1024/4", "panel/16/16/64/8" or "tile/16/64/128/4/5".
+    """One way to run the operator. As text: "unfused", "gemv/16/256/8", "panel/8/16/1024/4" or "tile/16/64/128/4/5".
 
-    gemv: a program holds `block_n` weight rows of all K columns in registers, in chunks of `block_k`.
-    panel: the same on tensor cores, for at most `block_m` rows; each warp multiplies `block_k` columns of a chunk.
+    gemv: each warp holds `block_n` / `num_warps` weight rows in registers, in chunks of `block_k` columns.
+    panel: the same on tensor cores, for at most `block_m` rows of x; `block_k` columns of the weight are in flight, of
+    which each warp multiplies 32 in every 32 * `num_warps`.
     tile: products of [block_n, block_k] by [block_k, block_m], `num_stages` of them in flight.
     `block_n` counts weight rows: with SwiGLU a program writes half as many outputs.
     `launch_pdl`: programmatic dependent launch (Hopper, Triton 3.6): the kernel starts before its predecessor ends and
     waits for it as late as it can, a gemv or a panel after asking for its weights. `chain_config` chooses it: a kernel
-    alone has nothing to overlap.
+    alone has nothing to overlap. `late_trigger`: let the kernel behind start only when x has been asked for.
     """
 
     variant: str
@@ -80,6 +87,7 @@ class FusionConfig:
     num_warps: int = 4
     num_stages: int = 1
     launch_pdl: bool = False
+    late_trigger: bool = False
 
     def __str__(self) -> str:
         numbers: tuple[int, ...] = ()
@@ -89,65 +97,105 @@ class FusionConfig:
             numbers = (self.block_m, self.block_n, self.block_k, self.num_warps)
         elif self.variant == "tile":
             numbers = (self.block_m, self.block_n, self.block_k, self.num_warps, self.num_stages)
-        return "/".join([self.variant, *map(str, numbers), *(["pdl"] if self.launch_pdl else [])])
+        ending = ["late" if self.late_trigger else "pdl"] if self.launch_pdl else []
+        return "/".join([self.variant, *map(str, numbers), *ending])
 
     @classmethod
     def parse(cls, text: str) -> FusionConfig:
         """The inverse of `str`; ValueError for text that is none."""
         match = re.fullmatch(
-            r"unfused|gemv(?:/\d+){3}(?:/pdl)?|panel(?:/\d+){4}(?:/pdl)?|tile(?:/\d+){5}(?:/pdl)?", text
+            r"unfused|gemv(?:/\d+){3}(?:/pdl|/late)?|panel(?:/\d+){4}(?:/pdl|/late)?|tile(?:/\d+){5}(?:/pdl)?", text
         )
         if match is None:
-            raise ValueError(f'no fusion config: {text!r}; use "unfused", "gemv/16/1024/4" or "tile/16/64/128/4/5"')
+            known = '"unfused", "gemv/16/256/8", "panel/8/16/1024/4" or "tile/16/64/128/4/5"'
+            raise ValueError(f"no fusion config: {text!r}; use {known}")
         variant, *parts = text.split("/")
         if variant == "unfused":
             return UNFUSED
-        launch_pdl = parts[-1] == "pdl"
-        numbers = [int(part) for part in parts if part != "pdl"]
+        numbers = [int(part) for part in parts if part.isdigit()]
+        flags = (len(parts) > len(numbers), parts[-1] == "late")
         if variant == "gemv":
             block_n, block_k, num_warps = numbers
-            return cls("gemv", 0, block_n, block_k, num_warps, launch_pdl=launch_pdl)
+            return cls("gemv", 0, block_n, block_k, num_warps, 1, *flags)
         block_m, block_n, block_k, num_warps, num_stages = (*numbers, 1)[:5]
-        return cls(variant, block_m, block_n, block_k, num_warps, num_stages, launch_pdl)
+        return cls(variant, block_m, block_n, block_k, num_warps, num_stages, *flags)
+
+    def chunks_ahead(self, problem: Problem) -> int:
+        """Chunks of its rows that a warp of a gemv has in flight: all, or what a third of its registers holds."""
+        chunks = cdiv(problem.k, self.block_k)
+        if problem.m > 1:
+            return chunks
+        lane = self.block_n // self.num_warps * self.block_k * problem.element_size // 32
+        return min(chunks, max(1, _WINDOW_BYTES // max(lane, 1)))
 
     def faults(self, problem: Problem, gpu: Gpu) -> list[str]:
         """Why this configuration cannot run `problem` on `gpu`; [] when it can."""
         if self.variant == "unfused":
             return []
-        blocks = {"block_n": self.block_n, "block_k": self.block_k, "num_warps": self.num_warps}
+        blocks = {"block_n": self.block_n, "num_warps": self.num_warps}
+        if self.variant != "panel":
+            blocks["block_k"] = self.block_k
         if self.variant != "gemv":
             blocks["block_m"] = self.block_m
         found = [f"{name}={v} is no power of two" for name, v in blocks.items() if v < 1 or v & (v - 1)]
         if self.num_warps > 32:
             found.append(f"num_warps={self.num_warps} is more than 32")
+        if self.late_trigger and (self.variant == "tile" or not self.launch_pdl):
+            found.append("late_trigger is for dependent launches of gemv and panel")
         if found:
             return found
         if problem.swiglu and self.block_n < 2:
             found.append("swiglu needs block_n >= 2: a gate row and its up row")
         if self.variant == "panel":
-            chunk = self.num_warps * self.block_k
-            held = self.block_n * cdiv(problem.k, chunk) * chunk * problem.element_size
-            if problem.m > self.block_m:
-                found.append(f"a panel takes at most block_m={self.block_m} rows, x has {problem.m}")
-            if held > _THREAD_BYTES * 32 * self.num_warps:
-                found.append(f"a weight tile of {held} bytes does not fit into the registers of {self.num_warps} warps")
-            shared = held + held // self.block_n * self.block_m  # all of weight and x, on their way to the tensor cores
-            if shared > gpu.shared_memory:
-                found.append(f"{shared} bytes of tiles exceed the {gpu.shared_memory} of shared memory")
-            smallest = {"block_m": 8, "block_n": 16, "block_k": 16}
-            return found + [f"{name} must be at least {v}" for name, v in smallest.items() if getattr(self, name) < v]
+            return self._panel_faults(problem, gpu)
         if self.variant == "gemv":
-            held = self.block_n * cdiv(problem.k, self.block_k) * self.block_k * problem.element_size
+            chunks = self.chunks_ahead(problem)
+            held = self.block_n * chunks * self.block_k * problem.element_size
+            if self.block_k < 32 or cdiv(problem.k, self.block_k) > MAX_CHUNKS:
+                found.append(f"block_k={self.block_k} is too narrow for {problem.k} columns")
+            least = self.num_warps * (2 if problem.swiglu else 1)
+            if self.block_n < least:
+                found.append(f"each of {self.num_warps} warps takes rows of its own: block_n must be at least {least}")
             if problem.m > MAX_GEMV_ROWS:
                 found.append(f"a GEMV takes at most {MAX_GEMV_ROWS} rows, x has {problem.m}")
             if held > _THREAD_BYTES * 32 * self.num_warps:
                 found.append(f"a weight tile of {held} bytes does not fit into the registers of {self.num_warps} warps")
+            held += self.num_warps * (problem.m - 1) * chunks * self.block_k * problem.element_size
+            if held > _PANEL_BYTES * 32 * self.num_warps:
+                found.append(f"{problem.m} rows of x do not fit beside the weight into the registers of a warp")
             return found
         smallest = {"block_m": 16, "block_n": 16, "block_k": 16, "num_stages": 1}
         found += [f"{name} must be at least {low}" for name, low in smallest.items() if getattr(self, name) < low]
         buffers = self.num_stages * (self.block_n + self.block_m) * self.block_k * problem.element_size
         if buffers > gpu.shared_memory:
             found.append(f"{buffers} bytes of tiles exceed the {gpu.shared_memory} of shared memory")
+        return found
+
+    def _panel_faults(self, problem: Problem, gpu: Gpu) -> list[str]:
+        width = 32 * self.num_warps
+        found = []
+        if problem.element_size != 2:
+            found.append(f"a panel multiplies 16-bit numbers, not {problem.dtype}")
+        if problem.m > self.block_m:
+            found.append(f"a panel takes at most block_m={self.block_m} rows, x has {problem.m}")
+        least = 16 if self.block_m == 8 or problem.swiglu else 8
+        if self.block_m > MAX_PANEL_ROWS:
+            found.append(f"a panel takes at most {MAX_PANEL_ROWS} rows of x, block_m is {self.block_m}")
+        if self.block_m < 8 or self.block_n < least:
+            found.append(
+                f"a panel of {self.block_m} rows of x (at least 8) takes {least} of the weight, not {self.block_n}"
+            )
+        if cdiv(problem.k, width) > MAX_CHUNKS:
+            found.append(f"{self.num_warps} warps are too few for {problem.k} columns")
+        if self.block_k < 1 or self.block_k % width:
+            found.append(f"block_k={self.block_k} is no multiple of 32 columns for each of {self.num_warps} warps")
+        # Weight, x and gamma in flight and two accumulators, in bytes a thread.
+        held = (self.block_n + self.block_m + 8) * self.block_k * 2 // width + self.block_n * self.block_m * 4 // 32
+        if held > _PANEL_BYTES:
+            found.append(f"{held} bytes a thread do not fit into its registers")
+        shared = self.num_warps * self.block_n * self.block_m * 4  # the warps' products on their way to one sum
+        if shared > gpu.shared_memory:
+            found.append(f"{shared} bytes of products exceed the {gpu.shared_memory} of shared memory")
         return found
 
 
@@ -157,40 +205,62 @@ UNFUSED = FusionConfig("unfused")
 def heuristic(problem: Problem, gpu: Gpu) -> FusionConfig:
     """A configuration for any problem, on GPUs and for shapes that nobody measured.
 
-    Prototypes of both kernels on an H100 (Qwen3-0.6B's four linears, CUDA graphs): at one row the CUDA-core form took
-    77 % of the time of norm and cuBLAS; at 4 and 16 rows tiles with the norm inside took as long as cuBLAS without
-    it (27 us a layer), so the norm was free; at 64 rows they took 1.3 times as long.
     In float32 tiles are never chosen: they sum along K in one chain, and on channels that differ by 1000 that loses
     more than twice what cuBLAS's split sums lose (H100, 2026-11-23).
     """
-    if problem.m > (4 if problem.element_size == 4 else MAX_GUESSED_ROWS):
+    if problem.m > (MAX_FLOAT32_ROWS if problem.element_size == 4 else MAX_GUESSED_ROWS):
         return UNFUSED
-    return _gemv(problem, gpu) if problem.m <= 4 else _tile(problem, gpu)
+    gemv = problem.m == 1 or problem.element_size == 4
+    config = gemv_config(problem, gpu) if gemv else panel_config(problem)
+    return config if not config.faults(problem, gpu) else UNFUSED
 
 
-def _gemv(problem: Problem, gpu: Gpu) -> FusionConfig:
-    """About 32 KB of weight a program, less where that would leave SMs without one."""
-    lanes = 512 // problem.element_size  # columns a warp reads with one 16-byte load a thread
-    num_warps = max(1, min(8, next_power_of_2(problem.k) // lanes))
-    block_k = num_warps * lanes
-    width = cdiv(problem.k, block_k) * block_k * problem.element_size
-    smallest = 2 if problem.swiglu else 1
-    block_n = max(smallest, min(16, 1 << max(0, (32768 // width).bit_length() - 1)))
-    while block_n > max(4, smallest) and cdiv(problem.weight_rows, block_n) < 2 * gpu.num_sms:
-        block_n //= 2
-    while width * block_n > _THREAD_BYTES * 32 * num_warps:  # very wide rows
-        num_warps *= 2
-    return FusionConfig("gemv", 0, block_n, block_k, num_warps)
+def gemv_config(problem: Problem, gpu: Gpu) -> FusionConfig:
+    """Up to 256 bytes of weight a lane, one program an SM or more.
+
+    In the decode chain (`chain_config`; H100, Qwen3-0.6B, one row), us for a layer's four linears: as here 13.24; QKV
+    by 4 warps 13.99, by 2 14.32; gate_up by 8 warps 14.6, by 2 13.95; output projection by 8 13.46; down projection by
+    4 14.04. Rows spread over the warps of a program, summed through shared memory, had taken 15.0.
+    """
+    row = problem.k * problem.element_size
+    rows = 4 if problem.swiglu else 2  # of a warp
+    while rows > (2 if problem.swiglu else 1) and rows * row > 32 * _LANE_BYTES:
+        rows //= 2
+    num_warps = 1 if problem.swiglu else 8
+    while num_warps > 1 and cdiv(problem.weight_rows, rows * num_warps) < 0.9 * gpu.num_sms:
+        num_warps //= 2
+    block_k = min(512 // problem.element_size, max(32, next_power_of_2(problem.k)))  # 16 bytes a lane
+    return FusionConfig("gemv", 0, rows * num_warps, block_k, num_warps)
 
 
-def _tile(problem: Problem, gpu: Gpu) -> FusionConfig:
-    """Enough programs for every SM before wide tiles; as many stages as shared memory takes, up to 5."""
-    block_m = max(16, next_power_of_2(problem.m))
-    block_n = 64 if cdiv(problem.weight_rows, 64) >= gpu.num_sms else 32
-    block_k = 128
-    stage = (block_n + block_m) * block_k * problem.element_size
-    num_stages = max(2, min(5, gpu.shared_memory // stage))
-    return FusionConfig("tile", block_m, block_n, block_k, num_warps=4, num_stages=num_stages)
+def panel_config(problem: Problem) -> FusionConfig:
+    """All of K in flight where a thread's registers hold it; few warps, for their products meet in shared memory.
+
+    In the decode chain (H100, Qwen3-0.6B), us for a layer's four linears: at eight rows 16.4 as here, 17.9 with 16
+    rows of the weight everywhere, 18.7 with 8 warps everywhere; at sixteen 21.4, gate_up with its whole K in flight
+    22.6, tiles for QKV and gate_up 26. Llama-3.2-1B, two to sixteen rows: norm and cuBLAS for gate_up (67 MB) and down
+    (34 MB) 57.2 to 62.3; gate_up as here 52.2 to 57.1, down as here 52.9 to 59.9.
+    """
+    block_m = max(8, next_power_of_2(problem.m))
+    wide, many = problem.weight_rows >= 2048, problem.weight_rows >= 8192
+    half = problem.dtype == "float16"  # takes more registers than bfloat16: what just fits there spills here
+    block_n, held = 16, 256  # bytes of weight a thread
+    if block_m > 8:
+        block_n = 16 if wide or problem.swiglu else 8
+    elif not many and not (half and problem.k > 1024):
+        block_n, held = (32 if wide and problem.k <= 1024 else 16), 512
+    num_warps = max(4, next_power_of_2(cdiv(block_n * problem.k * problem.element_size, 32 * held)))
+    if num_warps > 8:  # a window of K in flight
+        num_warps = 4 if many or block_m > 8 else 8
+    elif many and problem.k > 1024:
+        num_warps = 4
+    if block_m > 8 and problem.swiglu and not half and problem.k <= 8192:
+        num_warps = 2
+    while num_warps > 1 and 32 * num_warps >= 2 * problem.k:
+        num_warps //= 2
+    width = 32 * num_warps
+    block_k = max(1, min(cdiv(problem.k, width), held * 32 * num_warps // (block_n * 2 * width))) * width
+    return FusionConfig("panel", block_m, block_n, block_k, num_warps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,32 +131,32 @@ def decode_config(
 def rope_attention_config(
     num_seqs: int, num_kv_heads: int, head_dim: int, element_size: int, max_context_len: int, gpu: Gpu
 ) -> DecodeConfig:
-    """Tiles of 128 keys, all of a program's in its first one where that is possible: it is loaded before the wait.
+    """Tiles of 128 keys, a program's first one loaded before the wait; splits are merged by a kernel of their own.
 
-    Up to some 256 programs; what a lone sequence has more than 32 x 128 keys of, it takes in longer splits. Measured in
-    the decode chain (H200, Triton 3.6.0, Qwen3-0.6B, us a layer at contexts 128 / 384 / 1,024 / 4,096): one sequence
-    16.9 / 19.3 / 21.8 / 25.0 with 32 splits, 17.0 / 20.3 / 21.2 / 26.1 with 16 and 8 warps, 20.1 / 20.5 / 21.8 / 26.3
-    with 64-key tiles; four 25.9 / 28.6 / 31.7 / 48.7; sixteen 33.9 / 40.9 / 53.1 / 104.1 with three stages of 64 keys,
-    32.1 / 39.3 / 49.8 / 113.5 with two of 128. Unfused: 44 / 45 / 46 / 50 for one, 44 / 49 / 60 / 108 for sixteen.
-    Where the host says that no context exceeds 512, larger batches take 8 warps and merge less: eight
-    25.2 / 31.1 at 128 / 384 against 28.8 / 33.9. (For one, tiles of 256 keys were no better: 16.9 / 19.5.)
+    Measured in the decode chain (H100, Triton 3.6.0, Qwen3-0.6B, us a layer at contexts 256 / 384 / 1,024 / 4,096).
+    One sequence, 8 warps: up to 16 splits 18.0 / 18.8 / 19.2 / 25.1; 8 splits of 256 keys 19.6 / 21.1 / 21.6 / 27.5; no
+    splits 19.7 / 22.7; 4 warps 18.5 / 19.0 / 19.6 / 26.3. There is room for 16 splits also where the bound allows 4:
+    then a step took 0.637 ms at contexts of 128 to 384, with room for 16 0.621 at 512 to 768. Four, 4 warps, 8 splits:
+    of 128 keys 20.4 / 21.3 / 29.7 / 48.7, of 256 23.0 / 24.2 / 25.9 / 48.5. Sixteen: up to 512 keys no splits, 8 warps
+    32.4 / 35.9, 2 splits 32.5 / 37.9; beyond, 4 splits by 4 warps 56.1 / 124.8, tiles of 64 in three stages
+    57.4 / 130.4.
     """
     if element_size == 4 or head_dim > 128:
         return decode_config(num_seqs, num_kv_heads, head_dim, element_size, max_context_len, gpu)
-    programs, num_warps = num_seqs * num_kv_heads, 4
-    if programs <= 48:
-        block_n, most, min_split, num_stages = 128, max(8, min(32, 256 // programs)), 128, 1
-    elif max_context_len <= 512:
-        num_warps, block_n, most = 8, 128, 2
-        min_split, num_stages = (256, 1) if programs <= 96 else (512, 2)
+    programs, short = num_seqs * num_kv_heads, max_context_len <= 512
+    if programs <= 16:
+        num_warps, most, min_split = 8, 16, 128
+    elif programs <= 48:
+        num_warps, most, min_split = 4, max(8, 256 // programs), 128 if short else 256
     else:
-        block_n, most, min_split, num_stages = (128, 8, 256, 2) if programs <= 96 else (64, 8, 512, 3)
+        num_warps, most, min_split = (8, 1, 512) if short else (4, 4, 512)
+    block_n = 128
     row_bytes = next_power_of_2(head_dim) * element_size
     while 2 * block_n * row_bytes > gpu.shared_memory - 8192:  # keys and values pass through it, and some scores
         block_n //= 2
-    num_stages = _stages_that_fit(num_stages, 8192, 2 * block_n * row_bytes, gpu)
-    max_splits = max(1, min(most, cdiv(max_context_len, min_split)))
-    return DecodeConfig(block_n, max_splits, min_split, num_warps, num_stages)
+    needed = cdiv(max_context_len, min_split)
+    max_splits = most if programs <= 16 and needed > 1 else max(1, min(most, needed))
+    return DecodeConfig(block_n, max_splits, min_split, num_warps, num_stages=1)
 
 
 def _stages_that_fit(stages: int, fixed: int, a_stage: int, gpu: Gpu) -> int:

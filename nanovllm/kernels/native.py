@@ -182,7 +182,8 @@ def _linear(
     m, n = x.numel() // k, y.shape[-1]
     scratch = x.new_empty(min(m + PADDING, MAX_TILE) * k)
     library().linear(
-        y.data_ptr(), x.data_ptr(), weight.data_ptr(), _address(norm_weight), eps, _address(bias), scratch.data_ptr(), m, n, k, swiglu, add,
+        y.data_ptr(), x.data_ptr(), weight.data_ptr(), _address(norm_weight), eps, _address(bias), scratch.data_ptr(),
+        m, n, k, swiglu, add,
     )  # fmt: skip
 
 

@@ -34,11 +34,12 @@ def _rms_norm_kernel(
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """One program a row. x: [rows, WIDTH] with row stride; y, new_residual: contiguous."""
+    """One program a row. x: [rows, WIDTH] with row stride; weight: [WIDTH] or None; y, new_residual: contiguous."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
-    gamma = tl.load(weight + column, mask=inside, other=0.0)
+    if weight is not None:
+        gamma = tl.load(weight + column, mask=inside, other=0.0)
     value = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
     dtype = value.dtype
     value = value.to(tl.float32)
@@ -49,13 +50,18 @@ def _rms_norm_kernel(
         value = rounded.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(value * value) / WIDTH + eps)
     normed = (value * rstd).to(dtype)
-    tl.store(y + row * WIDTH + column, (normed * gamma).to(dtype), mask=inside)
+    if weight is not None:
+        normed = (normed * gamma).to(dtype)
+    tl.store(y + row * WIDTH + column, normed, mask=inside)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, config: RowConfig | None = None) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float, *, config: RowConfig | None = None
+) -> torch.Tensor:
     """RMSNorm over the last dimension.
 
-    x: [..., K], any float dtype, rows may be strided; weight: [K], x's dtype. Returns [..., K], contiguous.
+    x: [..., K], any float dtype, rows may be strided; weight: [K], x's dtype, or None for ones. Returns [..., K],
+    contiguous.
     """
     if not use_triton(x):
         return reference.rms_norm(x, weight, eps)
@@ -74,10 +80,10 @@ def add_rms_norm(
 
 
 def _launch(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, config: RowConfig | None
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float, config: RowConfig | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     width = x.shape[-1]
-    if weight.shape != (width,):
+    if weight is not None and weight.shape != (width,):
         raise ValueError(f"weight must have shape ({width},) to match x, got {tuple(weight.shape)}")
     rows = x.reshape(-1, width)
     sums = residual.reshape(-1, width) if residual is not None else rows

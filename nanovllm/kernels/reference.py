@@ -10,11 +10,15 @@ import torch
 import torch.nn.functional as F
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """weight * (x / rms(x)): normalised in float32, rounded to x's dtype, then scaled. x: [..., K], weight: [K]."""
-    if x.dtype == torch.float32:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """weight * (x / rms(x)): normalised in float32 (float64 in itself), rounded to x's dtype, then scaled.
+
+    x: [..., K], weight: [K] or None for ones.
+    """
+    if x.dtype in (torch.float32, torch.float64):
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
-    return F.rms_norm(x.float(), (x.shape[-1],), eps=eps).to(x.dtype) * weight
+    normed = F.rms_norm(x.float(), (x.shape[-1],), eps=eps).to(x.dtype)
+    return normed if weight is None else normed * weight
 
 
 def add_rms_norm(
@@ -31,6 +35,12 @@ def silu_mul(x: torch.Tensor) -> torch.Tensor:
     return F.silu(gate).mul_(up)
 
 
+def rms_silu_mul(y: torch.Tensor, x: torch.Tensor, eps: float, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """silu(gate) * up for [gate | up] = y / rms(x) + bias, in float32. y: [..., 2I], x: [..., K] -> [..., I]."""
+    wide = y.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    return silu_mul(wide if bias is None else wide + bias.float()).to(y.dtype)
+
+
 def rms_norm_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -44,8 +54,7 @@ def rms_norm_linear(
 
     The operators of an unfused model, each rounding to x's dtype. norm_weight None: ones. residual: [..., N].
     """
-    normed = F.rms_norm(x, x.shape[-1:], eps=eps) if norm_weight is None else rms_norm(x, norm_weight, eps)
-    y = F.linear(normed, weight, bias)
+    y = F.linear(rms_norm(x, norm_weight, eps), weight, bias)
     if activation == "swiglu":
         y = silu_mul(y)
     return y if residual is None else y + residual
@@ -186,3 +195,8 @@ def rope_attention(
 def feed_tokens_(ids: torch.Tensor, sampled: torch.Tensor) -> None:
     """ids [T] int64, in place: every id -1 - r becomes sampled[r]."""
     ids.copy_(torch.where(ids < 0, sampled[(-1 - ids).clamp(min=0)], ids))
+
+
+def embed_fed(ids: torch.Tensor, sampled: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Rows of table [vocab, width] at the tokens that ids [T] int64 stand for: -1 - r for sampled[r]."""
+    return table[torch.where(ids < 0, sampled[(-1 - ids).clamp(min=0)], ids)]

@@ -20,8 +20,8 @@ too, is slightly less exact, and not equal bit for bit.
 Grid: a program owns a block of weight rows and the whole K, hence one pass over the weight and no reduction between
 programs: results reproduce.
 
-    gemv      1 to 4 rows   (N / block_n,)                 the weight tile in registers, CUDA cores
-    panel     to 16         (N / block_n,)                 the same, multiplied on tensor cores; K split over the warps
+    gemv      1 to 4 rows   (N / block_n,)                 rows of the weight in the registers of a warp, CUDA cores
+    panel     to 16         (N / block_n,)                 a tile of it in registers, tensor cores; warps split K
     tile      to about 64   (N / block_n, M / block_m)     the weight as the left operand of tensor-core products
     unfused   more          norm kernel, then cuBLAS: the GEMM is bound by arithmetic, and cuBLAS is better at that
 
@@ -43,7 +43,7 @@ import torch.nn.functional as F
 
 from nanovllm.kernels import reference
 from nanovllm.kernels import rms_norm_linear_kernels as kernels
-from nanovllm.kernels.activation import silu_mul
+from nanovllm.kernels.activation import rms_silu_mul, silu_mul
 from nanovllm.kernels.fusion_config import ELEMENT_SIZES, FusionConfig, Problem, choose
 from nanovllm.kernels.jit import gpu_of, triton_installed, use_triton
 from nanovllm.kernels.launch_config import cdiv
@@ -220,12 +220,15 @@ def _unfused(
     residual: torch.Tensor | None,
     activation: str | None,
 ) -> torch.Tensor:
-    """The parts one after the other, each the fastest there is: what the fused kernels have to beat."""
-    if norm_weight is None:
-        normed = F.rms_norm(x, (x.shape[-1],), eps=eps)
-    else:
-        normed = rms_norm(x, norm_weight, eps)
-    y = F.linear(normed, weight, bias)
+    """The parts one after the other, each the fastest there is: what the fused kernels have to beat.
+
+    With gamma folded into the weight and SwiGLU behind it, 1 / rms waits for the activation's kernel: no norm in front.
+    float16 cannot hold the product of a row that has not been normalised.
+    """
+    if norm_weight is None and activation == "swiglu" and x.dtype != torch.float16:
+        y = rms_silu_mul(F.linear(x, weight), x, eps, bias)
+        return y if residual is None else y.add_(residual)
+    y = F.linear(rms_norm(x, norm_weight, eps), weight, bias)
     if activation == "swiglu":
         y = silu_mul(y)
     return y if residual is None else y.add_(residual)
@@ -262,11 +265,14 @@ def launch(
     if config.launch_pdl:
         shared["launch_pdl"] = True
     if config.variant == "gemv":
-        kernels.gemv_kernel[(blocks,)](*tensors, problem.n, *strides, eps, M=problem.m, K=problem.k, **shared)
+        kernels.gemv_kernel[(blocks,)](
+            *tensors, problem.n, *strides, eps, M=problem.m, K=problem.k, WARPS=config.num_warps,
+            AHEAD=config.chunks_ahead(problem), LATE=config.late_trigger, **shared,
+        )  # fmt: skip
     elif config.variant == "panel":
         kernels.panel_kernel[(blocks,)](
-            *tensors, problem.m, problem.n, *strides, eps, K=problem.k, BLOCK_M=config.block_m,
-            SLICES=config.num_warps, FIRST=x.dtype == torch.float16, **shared,
+            *tensors, problem.m, problem.n, *strides, eps, K=problem.k, BLOCK_M=config.block_m, WARPS=config.num_warps,
+            LATE=config.late_trigger, FIRST=norm and x.dtype == torch.float16, **shared,
         )  # fmt: skip
     else:
         kernels.tile_kernel[(blocks, cdiv(problem.m, config.block_m))](

@@ -1,4 +1,4 @@
-"""A decode step between the QKV projection and the output projection, in one kernel.
+"""A decode step between the QKV projection and the output projection, in one kernel, or two where keys are split.
 
 Per sequence and KV head: optional RMSNorm of the query and key heads (Qwen3), rotary embedding, append of the new key
 and value to the paged cache, attention of the one query token to all keys. Unfused these are `rope` and
@@ -6,10 +6,11 @@ and value to the paged cache, attention of the one query token to all keys. Unfu
 
 Grid: (sequence x KV head, split), keys split as in `decode_attention` (Flash-Decoding). The program of the last split
 owns the new token: it writes the new key and value to the cache and attends to them from its registers, so no program
-reads what another one of this launch writes. Where a sequence has several splits, the last program to arrive at its
-counter merges them, in order of the splits, so results reproduce.
+reads what another one of this launch writes. Where a context bound allows several splits, a second kernel merges them,
+in order of the splits, so results reproduce. (Merged by the last program to arrive, a layer took 3.8 us longer than
+with one split: H100, Qwen3-0.6B, one sequence. A dependent kernel's edge is 0.6.)
 Cast order: that of `rope` and `decode_attention`: query and key are rounded to the cache's dtype after the rotation.
-Traffic: that of `decode_attention`, and 8 bytes a program.
+Traffic: that of `decode_attention`.
 
 With PDL a program loads its first tile of old keys and values while the projection before it still runs: they are
 from earlier steps, like everything that it reads before its wait.
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nanovllm.kernels import reference
-from nanovllm.kernels.decode_attention import _first_key, _split_length
+from nanovllm.kernels.decode_attention import _first_key, _split_length, merge_splits
 from nanovllm.kernels.jit import gpu_of, jit, require_unit_stride, use_triton
 from nanovllm.kernels.kv_cache import check_cache, page_ids
 from nanovllm.kernels.launch_config import DecodeConfig, next_power_of_2, rope_attention_config
@@ -80,45 +81,19 @@ def _attend(q, k, v, visible, scale, top, total, acc):
     return new_top, total, acc
 
 
-@jit()
-def _merge(
-    partial, partial_lse, out, first_row, num_splits, max_splits,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """Weigh the splits' outputs of GROUP heads by their shares of the softmax's denominator. out: at head 0, dim 0."""
-    split = tl.arange(0, BLOCK_S)
-    dim = tl.arange(0, BLOCK_D)
-    active = split < num_splits
-    inside = active[:, None] & (dim < HEAD_DIM)[None, :]
-    # As many heads as registers hold are asked for before the first reduction, which is a barrier.
-    AHEAD: tl.constexpr = GROUP if GROUP * BLOCK_S <= 128 else 1
-    for first in tl.static_range(0, GROUP, AHEAD):
-        shares, values = (), ()
-        for g in tl.static_range(AHEAD):
-            slot = (first_row + first + g) * max_splits + split
-            lse = tl.load(partial_lse + slot, mask=active, other=float("-inf"))
-            value = tl.load(partial + slot[:, None] * HEAD_DIM + dim[None, :], mask=inside, other=0.0)
-            shares = shares + (lse,)  # type: ignore[assignment]
-            values = values + (value,)  # type: ignore[assignment]
-        for g in tl.static_range(AHEAD):
-            share = tl.exp2(shares[g] - tl.max(shares[g], axis=0))
-            merged = tl.sum(values[g] * share[:, None], axis=0) / tl.sum(share, axis=0)
-            tl.store(out + (first + g) * HEAD_DIM + dim, merged, mask=dim < HEAD_DIM)
-
-
 @jit(
     do_not_specialize=("table_stride", "window", "max_splits", "min_split"),
     unaligned=("block_table", "context_lens"),
 )
 def _rope_attention_kernel(
-    qkv, q_weight, k_weight, cos_sin, k_cache, v_cache, block_table, context_lens, out, partial, partial_lse, arrived,
+    qkv, q_weight, k_weight, cos_sin, k_cache, v_cache, block_table, context_lens, out, partial, partial_lse,
     scale, eps, qkv_stride, table_stride, k_block_stride, v_block_stride, window, max_splits, min_split,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, NORM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, NORM: tl.constexpr,
     HAS_WINDOW: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """qkv: [B, (KV_HEADS * GROUP + 2 KV_HEADS) * HEAD_DIM]; out: [B, KV_HEADS * GROUP, HEAD_DIM], contiguous;
-    partial: [B, Hq, max_splits, HEAD_DIM] and partial_lse float32; arrived: int32 [B * KV_HEADS], zeros, left so."""
+    partial: [B, Hq, max_splits, HEAD_DIM] and partial_lse without the last, float32."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     sequence = tl.program_id(0) // KV_HEADS
@@ -200,14 +175,6 @@ def _rope_attention_kernel(
         slot = (first_row + tl.arange(0, ROWS)) * max_splits + split
         tl.store(partial + slot[:, None] * HEAD_DIM + dim[None, :], acc, mask=written)
         tl.store(partial_lse + slot, top + tl.log2(total), mask=tl.arange(0, ROWS) < GROUP)
-        tl.debug_barrier()  # all threads of this program have stored before one of them says so
-        num_splits = tl.cdiv(context - first, length)
-        if tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel") == num_splits - 1:
-            tl.store(arrived + tl.program_id(0), 0)
-            _merge(
-                partial, partial_lse, out + first_row * HEAD_DIM, first_row, num_splits, max_splits,
-                GROUP, HEAD_DIM, BLOCK_D, BLOCK_S,
-            )  # fmt: skip
 
 
 def rope_attention(
@@ -224,7 +191,6 @@ def rope_attention(
     window: int | None = None,
     max_context_len: int | None = None,
     *,
-    arrived: torch.Tensor | None = None,
     config: DecodeConfig | None = None,
     pdl: bool | None = None,
 ) -> torch.Tensor:
@@ -235,7 +201,6 @@ def rope_attention(
     block_table: [B, max_blocks] int32; context_lens: [B] int32, the new token included: its position is context - 1;
     0 marks a padding row, which stores nothing and whose output is zeros.
     max_context_len: upper bound on context_lens known to the host (under a CUDA graph: for all replays).
-    arrived: int32 [B * Hkv] or longer, zeros, left as zeros: one serves all layers of a step. None makes one.
     pdl: launch as a programmatic dependent; None = where the GPU can (Hopper and later). The block table, the lengths
     and the older keys must then be in memory before the kernel in front of this one starts.
     Returns [B, Hq * D], contiguous.
@@ -246,30 +211,38 @@ def rope_attention(
             qkv, q_norm_weight, k_norm_weight, eps, cos_sin, k_cache, v_cache, block_table, context_lens, scale, window
         )
     _check(qkv, cos_sin, k_cache, v_cache, block_table, context_lens)
-    num_seqs = qkv.shape[0]
-    _, kv_heads, page, dim = k_cache.shape
+    num_seqs, (_, kv_heads, page, dim) = qkv.shape[0], k_cache.shape
     q_heads = qkv.shape[1] // dim - 2 * kv_heads
     out = torch.empty((num_seqs, q_heads * dim), dtype=qkv.dtype, device=qkv.device)
     if not num_seqs:
         return out
     gpu = gpu_of(qkv.device)
-    if config is None:
-        longest = max_context_len or block_table.shape[1] * page
-        longest = longest if window is None else min(longest, window + page)
-        config = rope_attention_config(num_seqs, kv_heads, dim, qkv.element_size(), longest, gpu)
+    longest = _longest(max_context_len or block_table.shape[1] * page, window, page)
+    config = config or rope_attention_config(num_seqs, kv_heads, dim, qkv.element_size(), longest, gpu)
     pdl = gpu.pdl if pdl is None else pdl
-    rows = (num_seqs, q_heads, config.max_splits) if config.max_splits > 1 else (0,)
-    lse, partial = (qkv.new_empty(shape, dtype=torch.float32) for shape in (rows, (*rows, dim)))
-    arrived = qkv.new_zeros(num_seqs * kv_heads, dtype=torch.int32) if arrived is None else arrived
+    lse, partial = _workspace(qkv, q_heads, dim, config)
     _rope_attention_kernel[(num_seqs * kv_heads, config.max_splits)](
         qkv, q_norm_weight, k_norm_weight, cos_sin, k_cache, v_cache, block_table, context_lens, out,
-        partial, lse, arrived, scale * math.log2(math.e), eps,
+        partial, lse, scale * math.log2(math.e), eps,
         qkv.stride(0), block_table.stride(0), k_cache.stride(0), v_cache.stride(0),
         window or 0, config.max_splits, config.min_split, PDL=pdl,
         **_constants(q_heads, kv_heads, page, dim, q_norm_weight is not None, window is not None, config),
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
+    if config.max_splits > 1:
+        merge_splits(partial, lse, context_lens, out.view(num_seqs, q_heads, dim), window, config, pdl)
     return out
+
+
+def _longest(context: int, window: int | None, page: int) -> int:
+    """Bound on the keys that one sequence reads."""
+    return context if window is None else min(context, window + page)
+
+
+def _workspace(qkv: torch.Tensor, q_heads: int, dim: int, config: DecodeConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """lse and partial of all splits; empty where there is one."""
+    rows = (qkv.shape[0], q_heads, config.max_splits) if config.max_splits > 1 else (0,)
+    return qkv.new_empty(rows, dtype=torch.float32), qkv.new_empty((*rows, dim), dtype=torch.float32)
 
 
 def _constants(
@@ -280,7 +253,7 @@ def _constants(
     return {
         "KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": dim, "PAGE": page, "ROWS": max(16, next_power_of_2(group)),
         "BLOCK_D": max(16, next_power_of_2(dim)), "BLOCK_N": config.block_n,
-        "BLOCK_S": next_power_of_2(config.max_splits), "NORM": norm, "HAS_WINDOW": has_window,
+        "NORM": norm, "HAS_WINDOW": has_window,
         "SPLIT": config.max_splits > 1, "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
 

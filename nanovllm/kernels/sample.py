@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nanovllm.kernels import sample_reference
-from nanovllm.kernels.jit import jit, num_sms, require_unit_stride, use_triton
+from nanovllm.kernels.jit import gpu_of, jit, num_sms, require_unit_stride, use_triton
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -78,10 +78,13 @@ def _uniform(index, key_1, key_2):
 @jit(unaligned=("temperature", "seeds", "positions", "threshold"))
 def _chunk_kernel(
     logits, temperature, seeds, positions, threshold, best_score, best_index, row_stride, vocab, chunk,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a (row, chunk). logits: [R, vocab] with row stride; threshold: [R] or None; best_score, best_index:
     [R, chunks]."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     heat = tl.load(temperature + row)
@@ -114,15 +117,23 @@ def _chunk_kernel(
 
 
 @jit()
-def _pick_kernel(best_score, best_index, tokens, splits, BLOCK: tl.constexpr):
-    """One program a row: the best of its chunks. tokens: [R] int64."""
+def _pick_kernel(
+    best_score, best_index, tokens, echo, echo_slot, echo_stride, splits, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    """One program a row: the best of its chunks. tokens: [R] int64; echo: int64 [slots, R] with row stride, in the
+    host's memory, or None; echo_slot: int64 [1]."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, BLOCK)
     inside = split < splits
     score = tl.load(best_score + row * splits + split, mask=inside, other=float("-inf"))
     index = tl.load(best_index + row * splits + split, mask=inside, other=0x7FFFFFFF)
     top = tl.max(score, axis=0)
-    tl.store(tokens + row, tl.min(tl.where(score == top, index, 0x7FFFFFFF), axis=0).to(tl.int64))
+    token = tl.min(tl.where(score == top, index, 0x7FFFFFFF), axis=0).to(tl.int64)
+    tl.store(tokens + row, token)
+    if echo is not None:
+        tl.store(echo + tl.load(echo_slot) * echo_stride + row, token)
 
 
 @jit()
@@ -134,6 +145,15 @@ def _uniform_kernel(seeds, positions, out, width, BLOCK: tl.constexpr):
     tl.store(out + row * width + index, _uniform(index, key_1, key_2), mask=index < width)
 
 
+@dataclass(frozen=True, slots=True)
+class TokenSink:
+    """Where sampled tokens go besides the result: memory of fixed address, so that a CUDA graph can write it."""
+
+    tokens: torch.Tensor  # int64 [>= R] on the device; becomes the result
+    echo: torch.Tensor | None = None  # int64 [slots, >= R], pinned: the host reads it without asking for a copy
+    echo_slot: torch.Tensor | None = None  # int64 [1] on the device: which row of `echo`
+
+
 def sample(
     logits: torch.Tensor,
     temperature: torch.Tensor,
@@ -141,13 +161,14 @@ def sample(
     positions: torch.Tensor,
     *,
     threshold: torch.Tensor | None = None,
+    sink: TokenSink | None = None,
     config: SampleConfig | None = None,
 ) -> torch.Tensor:
     """One token a row, drawn from softmax(logits / temperature); temperature 0 is greedy.
 
     logits: [R, V], any float dtype, rows may be strided; temperature: float32 [R], 0 or at least 1e-5; seeds: int64
     [R]; positions: int32 or int64 [R], the position in its sequence of the token that gave the row; threshold: float32
-    [R], logits below it (unscaled) are excluded, see `sample_cut`. Returns int64 [R].
+    [R], logits below it (unscaled) are excluded, see `sample_cut`. Returns int64 [R], in `sink` if there is one.
     Asynchronous on CUDA. Raises ValueError for shapes that do not match.
     """
     rows, vocab = logits.shape
@@ -156,19 +177,27 @@ def sample(
         if tensor is not None and tensor.shape != (rows,):
             raise ValueError(f"{name} must have shape ({rows},) to match logits, got {tuple(tensor.shape)}")
     if rows == 0 or not use_triton(logits):
-        return sample_reference.sample(logits, temperature, seeds, positions, threshold)
+        tokens = sample_reference.sample(logits, temperature, seeds, positions, threshold)
+        return tokens if sink is None else sink.tokens[:rows].copy_(tokens)
     require_unit_stride(logits=logits, **vectors)
+    pdl = gpu_of(logits.device).pdl
+    dependent = {"launch_pdl": True} if pdl else {}
     config = config or sample_config(rows, vocab, num_sms(logits.device))
     best_score = torch.empty(rows, config.splits, dtype=torch.float32, device=logits.device)
     best_index = torch.empty(rows, config.splits, dtype=torch.int32, device=logits.device)
-    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    sink = sink or TokenSink(torch.empty(rows, dtype=torch.int64, device=logits.device))
+    tokens = sink.tokens[:rows]
     _chunk_kernel[(rows, config.splits)](
         logits, temperature, seeds, positions, threshold, best_score, best_index, logits.stride(0), vocab,
         config.chunk,
-        BLOCK=config.block, num_warps=config.num_warps,
+        BLOCK=config.block, PDL=pdl, num_warps=config.num_warps, **dependent,
     )  # fmt: skip
     block = 1 << (config.splits - 1).bit_length()
-    _pick_kernel[(rows,)](best_score, best_index, tokens, config.splits, BLOCK=block, num_warps=1)
+    echo_stride = 0 if sink.echo is None else sink.echo.stride(0)
+    _pick_kernel[(rows,)](
+        best_score, best_index, tokens, sink.echo, sink.echo_slot, echo_stride, config.splits,
+        BLOCK=block, PDL=pdl, num_warps=1, **dependent,
+    )  # fmt: skip
     return tokens
 
 

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from nanovllm.kernels import sample_reference
-from nanovllm.kernels.jit import jit, require_unit_stride, use_triton
-from nanovllm.kernels.sample import sample
+from nanovllm.kernels.jit import gpu_of, jit, require_unit_stride, use_triton
+from nanovllm.kernels.sample import TokenSink, sample
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -79,9 +79,12 @@ def _load_cut(temperature, top_k, top_p, min_p, row, vocab):
 @jit(unaligned=("temperature", "top_k", "top_p", "min_p"))
 def _summary_kernel(
     logits, temperature, top_k, top_p, min_p, tops, sums, row_stride, vocab, groups,
-    TILE: tl.constexpr, GROUP: tl.constexpr,
+    TILE: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a (row, TILE groups). tops, sums: float32 [R, groups]; see `_share`."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     heat, k, p, floor, is_cut = _load_cut(temperature, top_k, top_p, min_p, row, vocab)
     if is_cut:
@@ -203,10 +206,13 @@ def _find(
 @jit(unaligned=("temperature", "top_k", "top_p", "min_p", "threshold"))
 def _threshold_kernel(
     logits, temperature, top_k, top_p, min_p, tops, sums, ids, kept, threshold, row_stride, vocab, groups,
-    GROUPS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, CAPACITY: tl.constexpr,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, CAPACITY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a row. tops, sums: [R, groups] of `_summary_kernel`; ids: int32 [R, GROUPS] and kept: float32
     [R, CAPACITY], room for lists; threshold: float32 [R]."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     heat, k, p, floor, is_cut = _load_cut(temperature, top_k, top_p, min_p, row, vocab)
     if not is_cut:
@@ -308,12 +314,14 @@ def cut_threshold(
             f"allocate it for at least {rows} rows and {vocab} logits"
         )
     parameters = (temperature, top_k, top_p, min_p, work.tops, work.sums)
+    pdl = gpu_of(logits.device).pdl
+    dependent = {"launch_pdl": True} if pdl else {}
     _summary_kernel[(rows, -(-groups // 8))](
-        logits, *parameters, logits.stride(0), vocab, groups, TILE=8, GROUP=GROUP, num_warps=4
+        logits, *parameters, logits.stride(0), vocab, groups, TILE=8, GROUP=GROUP, PDL=pdl, num_warps=4, **dependent
     )
     _threshold_kernel[(rows,)](
         logits, *parameters, work.ids, work.kept, work.threshold, logits.stride(0), vocab, groups,
-        GROUPS=work.ids.shape[1], GROUP=GROUP, TILE=64, CAPACITY=CAPACITY, num_warps=16,
+        GROUPS=work.ids.shape[1], GROUP=GROUP, TILE=64, CAPACITY=CAPACITY, PDL=pdl, num_warps=16, **dependent,
     )  # fmt: skip
     return work.threshold[:rows]
 
@@ -330,11 +338,13 @@ class RowParams:
     min_p: torch.Tensor  # float32, 0 for none
 
 
-def sample_rows(logits: torch.Tensor, params: RowParams, *, workspace: CutWorkspace | None = None) -> torch.Tensor:
-    """One token a row, greedy, by temperature or cut, each row as `params` says. Returns int64 [R].
+def sample_rows(
+    logits: torch.Tensor, params: RowParams, *, workspace: CutWorkspace | None = None, sink: TokenSink | None = None
+) -> torch.Tensor:
+    """One token a row, greedy, by temperature or cut, each row as `params` says. Returns int64 [R], in `sink` if given.
 
     logits: [R, V] as in `cut_threshold` and `sample`. Made to be captured in a CUDA graph: four launches whatever the
     parameters hold, `_summary_kernel`, `_threshold_kernel`, and `sample`'s `_chunk_kernel` and `_pick_kernel`.
     """
     threshold = cut_threshold(logits, params.temperature, params.top_k, params.top_p, params.min_p, workspace=workspace)
-    return sample(logits, params.temperature, params.seeds, params.positions, threshold=threshold)
+    return sample(logits, params.temperature, params.seeds, params.positions, threshold=threshold, sink=sink)

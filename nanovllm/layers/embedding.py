@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanovllm.kernels.cpu_linear import head_linear
+from nanovllm.kernels.feed import embed_fed
 from nanovllm.layers.linear import check_shape
 from nanovllm.layers.parallel import Build
 
@@ -39,6 +40,10 @@ class VocabParallelEmbedding(nn.Module):
         inside = (local >= 0) & (local < self.rows)
         x = F.embedding(local.clamp(0, self.rows - 1), self.weight)
         return self.tp.all_reduce(x * inside.unsqueeze(-1))
+
+    def fed(self, token_ids: torch.Tensor, sampled: torch.Tensor | None) -> torch.Tensor:
+        """Like `forward` on one rank, of ids [T] among which -1 - r stands for sampled[r]. One kernel."""
+        return self(token_ids) if sampled is None else embed_fed(token_ids, sampled, self.weight)
 
 
 class LMHead(nn.Module):

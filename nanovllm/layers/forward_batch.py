@@ -21,6 +21,7 @@ class ForwardBatch:
     attention: AttentionMetadata
     logits_rows: torch.Tensor | None  # [R] int64: tokens whose logits are wanted; None = all T of them
     prompt_lens: torch.Tensor | None = None  # [T] int64, only for dynamic NTK beyond the trained context
+    sampled: torch.Tensor | None = None  # [R] int64, tokens of the step before: input id -1 - r stands for row r
 
     def with_all_rows(self) -> ForwardBatch:
         """The same step, asking for the logits of every token."""

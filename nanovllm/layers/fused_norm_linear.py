@@ -1,9 +1,9 @@
 """The decode chain's two linear forms, as functions of the layers that own the weights.
 
-A decoder layer of a step of few rows is five kernels: `norm_linear` (RMSNorm + QKV), rope and attention,
-`linear_residual_` (output projection), `norm_linear` (RMSNorm + gate, up and SwiGLU), `linear_residual_` (down). The
-residual stream is the only thing that goes from layer to layer. Which steps take this way is the runner's decision;
-`why_not_fused` says where it cannot be taken at all.
+A decoder layer of a step of few rows is `norm_linear` (RMSNorm + QKV), rope and attention, `linear_residual_` (output
+projection), `norm_linear` (RMSNorm + gate, up and SwiGLU) and `linear_residual_` (down): five kernels, and one more
+where attention has splits to merge. The residual stream is the only thing that goes from layer to layer. Which steps
+take this way is the runner's decision; `why_not_fused` says where it cannot be taken at all.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from nanovllm.layers.attention.triton_paged import TritonBackend
 from nanovllm.layers.embedding import VocabParallelEmbedding
 from nanovllm.layers.linear import LinearBase, RowParallelLinear
 from nanovllm.layers.norm import RMSNorm
+from nanovllm.utils import nvtx
 
 
+@nvtx.ranged(2)
 def norm_linear(
     x: torch.Tensor, norm: RMSNorm, linear: LinearBase | VocabParallelEmbedding, *, swiglu: bool = False
 ) -> torch.Tensor:
@@ -42,6 +44,7 @@ def norm_linear(
     return launch(problem, config, x, weight, norm.weight, norm.eps, bias, None)
 
 
+@nvtx.ranged(1)
 def linear_residual_(x: torch.Tensor, linear: RowParallelLinear, residual: torch.Tensor) -> torch.Tensor:
     """residual [B, N] += linear(x [B, K]), in place; returns it."""
     if native.runs(x):

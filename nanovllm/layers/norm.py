@@ -8,6 +8,7 @@ from torch import nn
 from nanovllm.kernels.norm import add_rms_norm, rms_norm
 from nanovllm.layers.linear import check_shape
 from nanovllm.layers.parallel import Build
+from nanovllm.utils import nvtx
 
 
 class RMSNorm(nn.Module):
@@ -27,6 +28,7 @@ class RMSNorm(nn.Module):
         """x [..., size] -> the same shape."""
         return rms_norm(x, self.weight, self.eps)
 
+    @nvtx.ranged(0)
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(x + residual), x + residual): the residual stream is touched once."""
         return add_rms_norm(x, residual, self.weight, self.eps)

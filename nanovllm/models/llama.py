@@ -58,25 +58,27 @@ class LlamaAttention(nn.Module):
         norm_rope_store: Callable[..., torch.Tensor] = qk_norm_rope_store,
     ) -> torch.Tensor:
         """Everything between the projections: qkv [T, …] -> [T, Hq * D]."""
-        q = norm_rope_store(
-            qkv,
-            self.q_norm.weight if self.q_norm is not None else None,
-            self.k_norm.weight if self.k_norm is not None else None,
-            self.eps,
-            rope.table,
-            rope.rows,
-            *cache,
-            batch.attention.slot_mapping,
-        )
-        return self.backend.forward(q, *cache, batch.attention, self.scale, self.window).flatten(1)
+        with nvtx.of(self, "rope"):
+            q = norm_rope_store(
+                qkv,
+                self.q_norm.weight if self.q_norm is not None else None,
+                self.k_norm.weight if self.k_norm is not None else None,
+                self.eps,
+                rope.table,
+                rope.rows,
+                *cache,
+                batch.attention.slot_mapping,
+            )
+        with nvtx.of(self, "attention"):
+            return self.backend.forward(q, *cache, batch.attention, self.scale, self.window).flatten(1)
 
+    @nvtx.ranged(0, "attention")
     def decode(
         self,
         qkv: torch.Tensor,
         table: torch.Tensor,
         cache: tuple[torch.Tensor, torch.Tensor],
         batch: ForwardBatch,
-        arrived: torch.Tensor,
     ) -> torch.Tensor:
         """The fused twin of everything between the projections: qkv [B, …] -> [B, Hq * D], one token a sequence."""
         return rope_attention(
@@ -91,7 +93,6 @@ class LlamaAttention(nn.Module):
             self.scale,
             self.window,
             batch.attention.max_context_len,
-            arrived=arrived,
         )
 
 
@@ -139,10 +140,20 @@ class LlamaDecoderLayer(nn.Module):
         x, residual = self.post_attention_layernorm.add(x, residual)
         return self.mlp(x), residual
 
+    def decode(
+        self,
+        x: torch.Tensor,
+        table: torch.Tensor,
+        cache: tuple[torch.Tensor, torch.Tensor],
+        batch: ForwardBatch,
+    ) -> torch.Tensor:
+        """A decode step on the GPU, in five kernels or six; x [B, hidden], the residual stream, is updated in place."""
+        return self.chain(x, partial(self.self_attn.decode, table=table, cache=cache, batch=batch))
+
     def chain(
         self, x: torch.Tensor, attend: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The layer in five operations: x [T, hidden], the residual stream, is read and written in place.
+        """The layer in five operations; x [T, hidden], the residual stream, is read and written in place.
 
         `attend`: qkv -> [T, Hq * D], what lies between the projections. `rows` [R]: the last layer's output is wanted
         for these tokens only, [R, hidden].
@@ -183,12 +194,10 @@ class LlamaModel(nn.Module):
 
     def decode(self, batch: ForwardBatch, caches: KVCaches) -> torch.Tensor:
         """One token a sequence through the fused layers: the residual stream [B, hidden], before the final norm."""
-        x = self.embed_tokens(batch.input_ids)
-        arrived = torch.zeros(x.shape[0] * caches[0][0].shape[1], dtype=torch.int32, device=x.device)
+        x = self.embed_tokens.fed(batch.input_ids, batch.sampled)
         layers = cast("Iterable[LlamaDecoderLayer]", self.layers)
         for layer, cache in zip(layers, caches, strict=True):
-            attend = partial(layer.self_attn.decode, table=self.rotary.table, cache=cache, batch=batch, arrived=arrived)
-            x = layer.chain(x, attend)
+            x = layer.decode(x, self.rotary.table, cache, batch)
         return x
 
     def _chain(self, x: torch.Tensor, rope: RopeRows, batch: ForwardBatch, caches: KVCaches) -> torch.Tensor:
@@ -229,7 +238,8 @@ class LlamaForCausalLM(nn.Module):
     def decode(self, batch: ForwardBatch, caches: KVCaches) -> torch.Tensor:
         """Logits [B, vocab] of a decode step by the fused kernels; the same as `compute_logits(forward(…))`."""
         x = self.model.decode(batch, caches)
-        return norm_linear(x, self.model.norm, self.lm_head.table)[:, : self.config.vocab_size]
+        with nvtx.of(self.lm_head):  # a tied table by itself is called an embedding
+            return norm_linear(x, self.model.norm, self.lm_head.table)[:, : self.config.vocab_size]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [R, hidden] -> logits [R, vocab] in the model's dtype."""

@@ -1,8 +1,11 @@
-"""Which layer and which part of it a kernel belongs to, found from the order of the kernels alone.
+"""Which layer and which part of it a kernel belongs to.
 
-A CUDA graph's replay carries no names of modules, and an eager step would pay for them. But a decoder of L layers
-launches the same short sequence of kernels L times: find the period, and every kernel has its layer; inside a layer,
-the linears are known by their order around the attention.
+A CUDA graph's replay carries no names of modules, and an eager step would pay for them. So the same step is run once
+more, operation by operation, with a range around every module (`trace.labelled`): it launches the same kernels in the
+same order, and a kernel's place there is its place in the graph. Kernels' own names do not matter for that.
+
+A trace without such a step still shows layers: a decoder of L layers launches the same short sequence of kernels L
+times, and inside a layer the linears are known by their order around the attention.
 """
 
 from __future__ import annotations
@@ -10,6 +13,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
+
+from nanovllm.profiling.trace import Labelled
 
 # In the order of a forward pass; a kernel that does two jobs counts as its linear or its attention.
 ROLES = (
@@ -17,10 +23,22 @@ ROLES = (
     "final norm", "head", "sample", "copy",
 )  # fmt: skip
 
+# A module's or a part's name -> its role.
+_MODULES = {
+    "qkv_proj": "qkv", "rope": "rope", "attention": "attention", "self_attn": "attention", "o_proj": "o_proj",
+    "gate_up_proj": "gate_up", "act": "activation", "down_proj": "down", "input_layernorm": "norm",
+    "post_attention_layernorm": "norm", "norm": "final norm", "embed_tokens": "prepare", "rotary": "prepare",
+    "lm_head": "head",
+}  # fmt: skip
+_LAYER = re.compile(r"layers\.(\d+)")
+
 # What a name says about a kernel, first match wins. "linear" is resolved by its place in the layer.
 _KINDS = (
     ("attention", r"attention|attn|fmha|flash|_decode_kernel|_prefill_kernel|_merge_kernel"),
-    ("linear", r"gemv|gemm|tile_kernel|panel_kernel|nvjet|cutlass|xmma|cublas|splitk|split_k|linear|matmul|addmm"),
+    (
+        "linear",
+        r"gemv|gemm|direct_kernel|tile_kernel|panel_kernel|nvjet|cutlass|xmma|cublas|splitk|split_k|linear|matmul|addmm",
+    ),
     ("rope", r"rope|rotary"),
     ("activation", r"silu|swiglu"),
     ("norm", r"norm"),
@@ -35,6 +53,65 @@ class Place:
 
     layer: int | None
     role: str
+
+
+def label_places(labelled: Sequence[Labelled]) -> list[Place]:
+    """The place of every kernel of the labelled step.
+
+    What no module launched belongs to the end that it stands at: "prepare" before the layers, "final norm" (it gathers
+    rows) between them and the head, "sample" behind the head; inside a layer, to the kernel before it.
+    """
+    places: list[Place] = []
+    behind = "prepare"
+    for kernel in labelled:
+        place = _place(kernel)
+        if place is None and places and places[-1].layer is not None and _layer(kernel) == places[-1].layer:
+            place = places[-1]
+        if place is None:
+            place = Place(None, behind)
+        elif place.layer is not None:
+            behind = "final norm"
+        elif place.role == "head":
+            behind = "sample"
+        places.append(place)
+    return places
+
+
+def _place(kernel: Labelled) -> Place | None:
+    if any(name.endswith("lm_head") for name in kernel.ranges):
+        return Place(None, "head")  # whatever it is made of
+    for name in reversed(kernel.ranges):
+        role = _MODULES.get(name.rsplit(".", 1)[-1])
+        if role is not None:
+            layer = _layer(kernel)
+            # A linear that was not fused with what follows or precedes it launches that as well.
+            other = kind_of(kernel.name)
+            return Place(layer, other if other in ("norm", "activation") and layer is not None else role)
+    return None
+
+
+def _layer(kernel: Labelled) -> int | None:
+    found = _LAYER.search(" ".join(kernel.ranges))
+    return int(found[1]) if found else None
+
+
+def align(names: Sequence[str], labelled: Sequence[Labelled]) -> list[Place]:
+    """Places of a step's kernels from those of the labelled step, which should have launched the same ones.
+
+    A kernel that has no counterpart (say, another batch size split a linear in two) joins the kernel before it.
+    """
+    known = [kernel.name for kernel in labelled]
+    places = label_places(labelled)
+    if list(names) == known:
+        return places
+    found: list[Place | None] = [None] * len(names)
+    for kind, a, b, c, d in SequenceMatcher(None, names, known, autojunk=False).get_opcodes():
+        if kind in ("equal", "replace"):
+            found[a:b] = [places[min(c + i, d - 1)] for i in range(b - a)]
+    result: list[Place] = []
+    for place in found:
+        result.append(place or (result[-1] if result else Place(None, "prepare")))
+    return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +189,15 @@ def layer_roles(names: Sequence[str]) -> list[str]:
     return roles
 
 
-def attribute(names: Sequence[str], num_layers: int) -> list[Place]:
-    """The place of every kernel of one step, given their names in order of start.
+def attribute(names: Sequence[str], num_layers: int, labelled: Sequence[Labelled] = ()) -> list[Place]:
+    """The place of every kernel of one step, given their names in order of start and the labelled twin, if any.
 
-    Before the layers all is "prepare"; behind them a norm is "final norm", the first linear "head", the rest "sample".
+    Without that, all before the layers is "prepare"; behind them a norm is "final norm", the first linear "head", the
+    rest "sample".
     Without a repetition (`find_layers`) no kernel has a layer and the role is what its name says.
     """
+    if any(kernel.ranges for kernel in labelled):
+        return align(names, labelled)
     repeat = find_layers(names, num_layers)
     if repeat is None:
         kinds = [kind_of(name) for name in names]

@@ -1,27 +1,34 @@
-"""Record a case, fused and unfused, and distil it: the engine runs in a process of its own under the profiler.
+"""Record cases, fused and unfused: the engine runs in processes of its own, without and with a recorder.
 
-Nsight Systems when there is one, else PyTorch's profiler, which says so in the report. Raw recordings live in a
-temporary folder and go with it, unless `keep_raw` names another; results are written at the end, whole or not at all.
+For each kind of fusion one process times the steps of all cases that nothing records, a second one runs them under
+Nsight Systems (PyTorch's profiler where there is none, which the report says), and `count` adds a third under Nsight
+Compute. What is left of each case is one small file (`recording`), of which `publish` makes the reports. The profilers'
+own files live in a temporary folder and go with it, unless `keep_raw` names another.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanovllm.profiling import nsys, report
+from nanovllm.profiling import ncu, nsys, recording, report
 from nanovllm.profiling.distil import Profile, distil
 from nanovllm.profiling.facts import CASES, Facts
-from nanovllm.profiling.trace import read_trace
+from nanovllm.profiling.recording import Recording
+from nanovllm.profiling.trace import Trace, read_trace
 
 FUSIONS = {"both": ("off", "auto"), "off": ("off",), "on": ("on",), "auto": ("auto",)}
 NO_NSYS = "nsys was not found, so PyTorch's profiler recorded this: host gaps include its own cost"
+NO_NCU = "ncu was not found: install Nsight Compute for measured DRAM traffic and occupancy"
+Say = Callable[[str], Any]
 
 
 @dataclass(frozen=True)
@@ -29,19 +36,27 @@ class Request:
     """What to profile. `options` are keywords of `LLM`; `name` is what reports call the model."""
 
     model: str
-    case: str
+    cases: tuple[str, ...]
     fusions: tuple[str, ...] = ("off", "auto")
     profiler: str = "auto"  # auto, nsys or torch
     name: str = ""
     options: dict[str, Any] = field(default_factory=dict)
-    ncu: bool = False
     keep_raw: Path | None = None
+    device: str = "cuda"
+    origin: dict[str, str] = field(default_factory=dict)  # date and commit, where known
+    ncu_seconds: float = 120.0  # ncu is ended after so long
 
     def __post_init__(self) -> None:
-        if self.case not in CASES:
-            raise ValueError(f"unknown case {self.case!r}: use one of {', '.join(CASES)}")
+        for case in self.cases:
+            if case not in CASES:
+                raise ValueError(f"unknown case {case!r}: use one of {', '.join(CASES)}")
         if self.profiler not in ("auto", "nsys", "torch"):
             raise ValueError(f"profiler must be auto, nsys or torch, got {self.profiler!r}")
+
+    @property
+    def ordered(self) -> list[str]:
+        """The cases in the order they run."""
+        return [case for case in CASES if case in self.cases]
 
 
 def require_gpu() -> None:
@@ -59,76 +74,73 @@ def choose_profiler(wanted: str, found: Path | None) -> str:
     return "torch" if wanted == "torch" or found is None else "nsys"
 
 
-def profile(request: Request, say: Callable[[str], Any] = print) -> tuple[list[Profile], str]:
-    """Record every fusion of a request; the profiles and ncu's table (or why there is none). Writes nothing."""
-    require_gpu()
+def record(request: Request, folder: Path, say: Say = print) -> None:
+    """Record every case with every fusion; one file each goes to `folder`."""
     found = nsys.find_nsys()
     profiler = choose_profiler(request.profiler, found)
     note = NO_NSYS if profiler == "torch" and request.profiler == "auto" else ""
     if note:
         say(note)
-    profiles, counters = [], []
-    with tempfile.TemporaryDirectory(prefix="nanovllm-profile-") as temporary:
-        folder = request.keep_raw or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+    with _scratch(request) as scratch:
         for fusion in request.fusions:
-            say(f"{request.case}, fusion {fusion}: recording with {profiler}")
-            spec = specification(request, fusion, profiler, folder, note)
-            profiles.append(_record(spec, found if profiler == "nsys" else None, folder))
-            if request.ncu:
-                counters.append(f"fusion {fusion}:\n{_count(spec, folder)}")
-    return profiles, "\n\n".join(counters)
+            say(f"fusion {fusion}: timing without a recorder")
+            free = _child(request, scratch, fusion, "none")
+            nsys.run(free.command, "the timed engine")
+            say(f"fusion {fusion}: recording {', '.join(request.ordered)} with {profiler}")
+            try:
+                trace, left = _trace(request, scratch, fusion, profiler, found, note)
+            except (OSError, ValueError) as error:
+                if profiler != "nsys" or request.profiler != "auto":
+                    raise
+                note = f"nsys could not record ({error}), so PyTorch's profiler did: host gaps include its own cost"
+                profiler = "torch"
+                say(note)
+                trace, left = _trace(request, scratch, fusion, profiler, found, note)
+            for case in request.ordered:
+                facts = Facts.from_json(left.result(case).read_text(encoding="utf-8"))
+                times = json.loads(free.result(case).read_text(encoding="utf-8"))
+                facts = dataclasses.replace(facts, **{f"free_{name}": value for name, value in times.items()})
+                recording.save(Recording(facts, recording.cut(trace, case)), folder)
 
 
-def specification(request: Request, fusion: str, profiler: str, folder: Path, note: str) -> dict[str, Any]:
-    """What `child` reads."""
-    stem = folder / f"{request.case}-{fusion}"
-    return {
-        "model": request.model,
-        "name": request.name or request.model,
-        "case": request.case,
-        "fusion": fusion,
-        "profiler": profiler,
-        "options": request.options,
-        "facts": f"{stem}.facts.json",
-        "trace": f"{stem}.trace.json",
-        "note": note,
-    }
+def count(request: Request, folder: Path, say: Say = print) -> None:
+    """Add ncu's counters of one step to the recordings in `folder`, or the sentence that says why there are none."""
+    found = ncu.find_ncu()
+    for fusion in request.fusions:
+        cases = [case for case in request.ordered if CASES[case].prompt]  # a workload takes too long to get going
+        tables, why = {}, NO_NCU
+        if found is not None and cases:
+            say(f"fusion {fusion}: counting one step of {', '.join(cases)} with ncu")
+            with _scratch(request) as scratch:
+                child = _child(dataclasses.replace(request, cases=tuple(cases)), scratch, fusion, "ncu")
+                said = ""
+                try:
+                    said = nsys.run(ncu.ncu_command(found, child.command), "ncu", timeout=request.ncu_seconds)
+                    tables = ncu.split(said, cases)
+                except (OSError, ValueError) as error:
+                    why = str(error)
+                    (folder / f"ncu.{fusion}.txt").write_text(said, encoding="utf-8")  # to see what it was instead
+        if not tables:
+            say(why)
+        for case in cases:
+            path = folder / f"{case}.{fusion}{recording.SUFFIX}"
+            if path.exists():
+                left = recording.load(path)
+                recording.save(dataclasses.replace(left, counters=tables.get(case, why)), folder)
 
 
-def _child(spec: dict[str, Any], folder: Path, name: str) -> list[str]:
-    path = folder / f"{name}.spec.json"
-    path.write_text(json.dumps(spec), encoding="utf-8")
-    return [sys.executable, "-m", "nanovllm.profiling.child", str(path)]
+def publish(
+    recordings: Path, out: Path, command: Callable[[Sequence[Profile]], Sequence[str]]
+) -> dict[str, list[Profile]]:
+    """Distil every recording in a folder and write `out`/CASE; `command(profiles)` is what to run for them again."""
+    published = {}
+    for case, found in recording.load_all(recordings).items():
+        published[case] = [distil(one) for one in found]
+        write(out / case, published[case], command(published[case]))
+    return published
 
 
-def _record(spec: dict[str, Any], found: Path | None, folder: Path) -> Profile:
-    name = f"{spec['case']}-{spec['fusion']}"
-    command = _child(spec, folder, name)
-    if found is not None:
-        trace = nsys.record(found, folder / name, command)
-    else:
-        nsys.run(command, "the profiled engine")
-        trace = Path(spec["trace"])
-    facts = Facts.from_json(Path(spec["facts"]).read_text(encoding="utf-8"))
-    return distil(read_trace(trace), facts, isolated=CASES[spec["case"]].isolated)
-
-
-def _count(spec: dict[str, Any], folder: Path) -> str:
-    """ncu's table for the first kernels of the window; a sentence when it cannot count."""
-    ncu = nsys.find_ncu()
-    if ncu is None:
-        return "ncu was not found: install Nsight Compute for measured DRAM traffic."
-    facts = str(folder / "ncu.facts.json")  # timings under ncu mean nothing
-    command = _child({**spec, "profiler": "ncu", "facts": facts}, folder, "ncu")
-    try:
-        measured = nsys.parse_ncu(nsys.run(nsys.ncu_command(ncu, command, launches=400), "ncu"))
-    except (OSError, ValueError) as error:
-        return f"No counters: {error}."
-    return report.ncu_table(measured)
-
-
-def write(folder: Path, profiles: Sequence[Profile], counters: str, command: Sequence[str]) -> list[Path]:
+def write(folder: Path, profiles: Sequence[Profile], command: Sequence[str]) -> list[Path]:
     """Write command.txt, summary.csv, timeline.html and notes.md into `folder`; returns their paths."""
     from nanovllm.profiling import timeline
     from nanovllm.profiling.files import write_whole
@@ -137,8 +149,50 @@ def write(folder: Path, profiles: Sequence[Profile], counters: str, command: Seq
         "command.txt": shlex.join(command) + "\n",
         "summary.csv": report.summary_csv(profiles),
         "timeline.html": timeline.render(profiles),
-        "notes.md": report.notes(profiles, counters),
+        "notes.md": report.notes(profiles),
     }
     for name, text in files.items():
         write_whole(folder / name, text)
     return [folder / name for name in files]
+
+
+@dataclass(frozen=True)
+class Child:
+    """A process to be run, and where it leaves its results."""
+
+    command: list[str]
+    prefix: Path
+
+    def result(self, case: str) -> Path:
+        """JSON: the facts of a case, or its times."""
+        return self.prefix.with_name(f"{self.prefix.name}.{case}.json")
+
+
+@contextmanager
+def _scratch(request: Request) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="nanovllm-profile-") as temporary:
+        folder = request.keep_raw or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+
+
+def _child(request: Request, folder: Path, fusion: str, profiler: str, note: str = "") -> Child:
+    prefix = folder / f"{fusion}-{profiler}"
+    spec = {
+        "model": request.model, "name": request.name or request.model, "cases": request.ordered, "fusion": fusion,
+        "profiler": profiler, "device": request.device, "options": request.options, "out": str(prefix), "note": note,
+        "origin": request.origin,
+    }  # fmt: skip
+    path = folder / f"{prefix.name}.spec.json"
+    path.write_text(json.dumps(spec), encoding="utf-8")
+    return Child([sys.executable, "-m", "nanovllm.profiling.child", str(path)], prefix)
+
+
+def _trace(
+    request: Request, folder: Path, fusion: str, profiler: str, found: Path | None, note: str
+) -> tuple[Trace, Child]:
+    child = _child(request, folder, fusion, profiler, note)
+    if profiler == "nsys" and found is not None:
+        return read_trace(nsys.record(found, child.prefix, child.command)), child
+    nsys.run(child.command, "the profiled engine")
+    return read_trace(Path(f"{child.prefix}.trace.json")), child

@@ -1,237 +1,204 @@
-"""The profiled process: `python -m nanovllm.profiling.child SPEC.json` loads a model, warms up and runs one case.
+"""The profiled process: `python -m nanovllm.profiling.child SPEC.json` loads a model once and runs cases on it.
 
-What counts runs between cudaProfilerStart and cudaProfilerStop, inside ranges that `trace` knows. The facts of the run
-go to a JSON file; with "profiler": "torch" the process records itself.
+    "profiler": "none"   times the steps that nothing records
+                "nsys"   marks windows, steps and one labelled step a case, between cudaProfilerStart and -Stop
+                "torch"  the same, and records itself
+                "ncu"    only the labelled step, since a counter costs a replay of every kernel
+
+What was run is written as one JSON file a case. A mistake is one sentence on stderr and status 2.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from random import Random
 from typing import TYPE_CHECKING, Any
 
 from nanovllm import __version__
+from nanovllm.profiling.drive import Counts, Recorder, Running, measure
 from nanovllm.profiling.facts import CASES, Case, Facts
-from nanovllm.profiling.trace import STEP, WINDOW
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils import nvtx
 
 if TYPE_CHECKING:
     from nanovllm.llm import LLM
 
-_WARM_STEPS = 12
 _LONGEST = 4096  # tokens of context that the engine is made for; every case fits
-
-
-@dataclass
-class Counts:
-    """What the window held."""
-
-    steps: int = 0
-    tokens: int = 0
-    rows: int = 0
-    kv_tokens: int = 0
-    wall_s: float = 0.0
-
-
-class Window:
-    """The recorded stretch, and steps inside it. `mark(name)` opens a range; `sync` waits for the device."""
-
-    def __init__(
-        self,
-        mark: Callable[[str], contextlib.AbstractContextManager[Any]],
-        sync: Callable[[], Any],
-        start: Callable[[], Any],
-        stop: Callable[[], Any],
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self._mark, self._sync, self._start, self._stop, self._clock = mark, sync, start, stop, clock
-        self.counts = Counts()
-
-    @contextlib.contextmanager
-    def open(self) -> Iterator[None]:
-        """Record what happens inside, from an idle device to an idle device."""
-        self._sync()
-        self._start()
-        with self._mark(WINDOW):
-            started = self._clock()
-            yield
-            self._sync()
-            self.counts.wall_s += self._clock() - started
-        self._stop()
-
-    def step(self) -> contextlib.AbstractContextManager[Any]:
-        """A range around one step."""
-        self.counts.steps += 1
-        return self._mark(STEP)
-
-
-def drive(engine: Any, case: Case, window: Window, vocab_size: int) -> Counts:
-    """Warm up and run a case on an engine (`make_request`, `submit`, `step`, `has_unfinished`)."""
-    rng = Random(0)
-    if case.name == "workload":
-        return _workload(engine, window)
-    if case.isolated:
-        return _isolated(engine, case, window, rng, vocab_size)
-    requests = [
-        engine.make_request(_prompt(rng, case.prompt, vocab_size), _params(case.steps + 4 * _WARM_STEPS))
-        for _ in range(case.batch)
-    ]
-    engine.submit(requests)
-    decoded = 0
-    while decoded < _WARM_STEPS:
-        info = engine.step()
-        decoded += info is not None and info.num_prefill_tokens == 0
-    with window.open():
-        for _ in range(case.steps):
-            with window.step():
-                engine.step()
-    counts = window.counts
-    counts.tokens = counts.rows = case.batch * case.steps
-    # The k-th decode step reads the prompt and the k tokens sampled so far, its own included.
-    counts.kv_tokens = case.batch * sum(case.prompt + _WARM_STEPS + k + 1 for k in range(case.steps))
-    for request in requests:
-        engine.abort(request.request_id)
-    return counts
-
-
-def _isolated(engine: Any, case: Case, window: Window, rng: Random, vocab_size: int) -> Counts:
-    requests = [engine.make_request(_prompt(rng, case.prompt, vocab_size), _params(1)) for _ in range(case.steps + 3)]
-    for request in requests[: -case.steps]:
-        engine.submit([request])
-        _finish(engine)
-    with window.open():
-        for request in requests[-case.steps :]:
-            with window.step():
-                engine.submit([request])
-                _finish(engine)
-    window.counts.tokens = case.prompt * case.steps
-    window.counts.rows = case.steps
-    return window.counts
-
-
-def _workload(engine: Any, window: Window) -> Counts:
-    """nano-vLLM's bench.py: its seed, its order, 256 requests of 100 to 1,024 tokens in and out."""
-    rng = Random(0)
-    prompts = [[rng.randint(0, 10000) for _ in range(rng.randint(100, 1024))] for _ in range(256)]
-    params = [_params(rng.randint(100, 1024)) for _ in range(256)]
-    engine.submit([engine.make_request([token + 1 for token in p], _params(8)) for p in prompts[:32]])
-    _finish(engine)
-    engine.submit([engine.make_request(p, one) for p, one in zip(prompts, params, strict=True)])
-    counts = window.counts
-    with window.open():
-        while engine.has_unfinished:
-            with window.step():
-                info = engine.step()
-            counts.tokens += info.num_tokens if info is not None else 0
-    counts.rows = sum(one.max_tokens or 0 for one in params)
-    return counts
-
-
-def _finish(engine: Any) -> None:
-    while engine.has_unfinished:
-        engine.step()
-
-
-def _params(max_tokens: int) -> SamplingParams:
-    return SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=max_tokens)
-
-
-def _prompt(rng: Random, length: int, vocab_size: int) -> list[int]:
-    return [rng.randrange(min(10000, vocab_size)) for _ in range(length)]
-
-
-@contextlib.contextmanager
-def _mark(name: str) -> Iterator[None]:
-    """A range for either profiler."""
-    import torch
-
-    with torch.profiler.record_function(name), torch.cuda.nvtx.range(name):
-        yield
-
-
-def _copy_gb_s() -> float:
-    """Measured bandwidth of a device-to-device copy of 1 GiB, read and written bytes counted; best of 5."""
-    import torch
-
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target, best = torch.empty_like(source), float("inf")
-    for _ in range(5):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        best = min(best, begin.elapsed_time(end))
-    return 2 * 2**30 / best / 1e6
-
-
-def _facts(llm: LLM, case: Case, spec: dict[str, Any], counts: Counts, copy_gb_s: float) -> Facts:
-    import torch
-
-    try:
-        import importlib.metadata
-
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = ""
-    runner, config = llm.engine.runner, llm.engine.model_config
-    steps = max(1, counts.steps)
-    return Facts(
-        case=case.name, fusion=spec["fusion"], model=spec["name"], device=torch.cuda.get_device_name(),
-        dtype=str(runner.dtype).removeprefix("torch."), element_size=runner.dtype.itemsize, torch=torch.__version__,
-        triton=triton, version=__version__, graphs=runner.graphs is not None,
-        wall_ms_per_step=counts.wall_s * 1e3 / steps, copy_gb_s=copy_gb_s, num_layers=config.num_layers,
-        hidden_size=config.hidden_size, intermediate_size=config.intermediate_size, num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, vocab_size=config.vocab_size,
-        tokens=counts.tokens / steps, rows=counts.rows / steps, kv_tokens=counts.kv_tokens / steps,
-        profiler="torch.profiler" if spec["profiler"] == "torch" else spec["profiler"], note=spec.get("note", ""),
-    )  # fmt: skip
+_NCU_KV_BYTES = 1 << 30  # ncu saves what kernels may write to
 
 
 def main(argv: list[str]) -> int:
-    """Run the case of a specification; a mistake is one sentence on stderr and status 2."""
+    """Run the cases of a specification."""
     spec: dict[str, Any] = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
     try:
-        _run(spec)
+        run(spec)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"nanovllm: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     return 0
 
 
-def _run(spec: dict[str, Any]) -> None:
-    import torch
-
+def run(spec: dict[str, Any]) -> None:
+    """Load the engine and run every case in it."""
     from nanovllm.llm import LLM
 
-    case = CASES[spec["case"]]
-    copy_gb_s = _copy_gb_s()
-    torch.cuda.empty_cache()
-    cudart: Any = torch.cuda.cudart()
-    recorder = None
-    if spec["profiler"] == "torch":
-        from torch.profiler import ProfilerActivity, profile
-
-        recorder = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
-    start = cudart.cudaProfilerStart if recorder is None else recorder.start
-    stop = cudart.cudaProfilerStop if recorder is None else recorder.stop
-    window = Window(_mark, torch.cuda.synchronize, start, stop)
+    cases, profiler = [CASES[name] for name in spec["cases"]], spec["profiler"]
+    tool = Tool(profiler, spec["device"])
+    copy_gb_s = 0.0 if profiler == "ncu" else tool.copy_gb_s()
     options = dict(
-        max_model_len=_LONGEST, max_num_seqs=case.batch, enable_prefix_caching=False, skip_tokenizer_init=True,
-        show_progress=False, fusion=spec["fusion"], **spec["options"],
+        device=spec["device"], max_model_len=_LONGEST, max_num_seqs=max(case.batch for case in cases),
+        enable_prefix_caching=False, skip_tokenizer_init=True, show_progress=False, fusion=spec["fusion"],
     )  # fmt: skip
-    with LLM(spec["model"], **options) as llm:
-        counts = drive(llm.engine, case, window, llm.engine.model_config.vocab_size)
-        facts = _facts(llm, case, spec, counts, copy_gb_s)
-    if recorder is not None:
-        recorder.export_chrome_trace(spec["trace"])
-    Path(spec["facts"]).write_text(facts.to_json(), encoding="utf-8")
+    if profiler == "ncu":
+        options["kv_cache_memory_bytes"] = _NCU_KV_BYTES
+    with LLM(spec["model"], **options | spec["options"]) as llm:
+        recorder = Recorder(tool.mark, tool.sync, tool.start, tool.stop if profiler == "ncu" else None)
+        for case in cases:
+            result = _case(llm, case, profiler, tool, recorder)
+            if isinstance(result, Counts):
+                result = asdict(_facts(llm, case, spec, result, copy_gb_s, tool))
+            Path(f"{spec['out']}.{case.name}.json").write_text(json.dumps(result), encoding="utf-8")
+        tool.stop()
+        tool.export(Path(f"{spec['out']}.trace.json"))
+
+
+def _case(llm: LLM, case: Case, profiler: str, tool: Tool, recorder: Recorder) -> Counts | dict[str, float]:
+    """Facts of the recorded steps, or times where nothing is recorded."""
+    engine, vocab_size = llm.engine, llm.engine.model_config.vocab_size
+    model = engine.runner.model
+    steps = case.steps * (4 if case.prompt and profiler == "none" else 1)
+    running = Running(engine, case, vocab_size, steps + 1)
+    try:
+        if profiler == "none":
+            return asdict(measure(running, steps, tool.sync, tool.replay_us))
+        counts = Counts() if profiler == "ncu" else recorder.steps(running)
+        with _inference(), nvtx.annotated(model, tool.mark):
+            recorder.labels(running)
+        return counts
+    finally:
+        running.close()
+
+
+def _inference() -> contextlib.AbstractContextManager[Any]:
+    import torch
+
+    return torch.inference_mode()
+
+
+class Tool:
+    """What a recorder and a device offer: ranges, start and stop, waiting, timing."""
+
+    def __init__(self, profiler: str, device: str) -> None:
+        import torch
+
+        self._cuda = device == "cuda"
+        self._profiler = profiler
+        self._torch: torch.profiler.profile | None = None
+        if profiler == "torch":
+            kinds = torch.profiler.ProfilerActivity
+            self._torch = torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if self._cuda else [kinds.CPU])
+
+    def start(self) -> None:
+        """Record from here on."""
+        import torch
+
+        if self._torch is not None:
+            self._torch.start()
+        elif self._cuda:
+            torch.cuda.cudart().cudaProfilerStart()
+
+    def stop(self) -> None:
+        """Record no more."""
+        import torch
+
+        if self._torch is not None:
+            self._torch.stop()
+        elif self._profiler != "none" and self._cuda:
+            torch.cuda.cudart().cudaProfilerStop()
+
+    def export(self, path: Path) -> None:
+        """Write what PyTorch's profiler recorded; other recorders do that themselves."""
+        if self._torch is not None:
+            self._torch.export_chrome_trace(str(path))
+
+    def mark(self, name: str) -> contextlib.AbstractContextManager[Any]:
+        """A range that the recorder shows."""
+        import torch
+
+        if self._torch is not None:
+            return torch.profiler.record_function(name)
+        return nvtx.Range(name) if self._cuda else contextlib.nullcontext()
+
+    def sync(self) -> None:
+        """Wait for the device."""
+        import torch
+
+        if self._cuda:
+            torch.cuda.synchronize()
+
+    def device_name(self) -> str:
+        """As its maker calls it."""
+        import torch
+
+        return torch.cuda.get_device_name() if self._cuda else "CPU"
+
+    def replay_us(self, function: Callable[[], Any], times: int) -> float:
+        """µs of one of `times` calls back to back, by the device's clock; the first call is not counted."""
+        import torch
+
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        function()
+        begin.record()
+        for _ in range(times):
+            function()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e3 / times
+
+    def copy_gb_s(self) -> float:
+        """Bandwidth of a device-to-device copy of 1 GiB, read and written bytes counted; best of 5. 0 on a CPU."""
+        import torch
+
+        if not self._cuda:
+            return 0.0
+        best = min(_copy_us(self.replay_us) for _ in range(5))
+        torch.cuda.empty_cache()
+        return 2 * 2**30 / best / 1e3
+
+
+def _copy_us(replay_us: Callable[..., float]) -> float:
+    import torch
+
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return replay_us(lambda: target.copy_(source), 1)
+
+
+def _facts(llm: LLM, case: Case, spec: dict[str, Any], counts: Counts, copy_gb_s: float, tool: Tool) -> Facts:
+    import torch
+
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = ""
+    runner, config = llm.engine.runner, llm.engine.model_config
+    steps = max(1, counts.steps)
+    notes = [note for note in (case.note, spec["note"]) if note]
+    return Facts(
+        case=case.name, fusion=spec["fusion"], model=spec["name"], device=tool.device_name(),
+        dtype=str(runner.dtype).removeprefix("torch."), element_size=runner.dtype.itemsize, torch=torch.__version__,
+        triton=triton, version=__version__, graphs=runner.graphs is not None,
+        wall_ms_per_step=counts.wall_s * 1e3 / steps, copy_gb_s=copy_gb_s, num_layers=config.num_layers,
+        hidden_size=config.hidden_size, intermediate_size=config.intermediate_size, num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, vocab_size=config.vocab_size,
+        tokens=counts.tokens / steps, rows=counts.rows / steps, kv_tokens=counts.kv_tokens / steps,
+        profiler="torch.profiler" if spec["profiler"] == "torch" else spec["profiler"], note=". ".join(notes),
+        **spec["origin"],
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

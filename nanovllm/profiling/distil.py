@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanovllm.profiling.attribute import ROLES, Place, attribute
-from nanovllm.profiling.facts import Facts, bytes_by_role
-from nanovllm.profiling.trace import Event, Range, Trace, split_steps, window
+from nanovllm.profiling.facts import CASES, Facts, bytes_by_role
+from nanovllm.profiling.ncu import Counted, count
+from nanovllm.profiling.recording import Recording
+from nanovllm.profiling.trace import LABELS, WINDOW, Event, Labelled, Range, labelled, split_steps, window
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,8 @@ class Profile:
     kernels: tuple[Row, ...]
     roles: tuple[Row, ...]
     layers_found: bool
+    counted: tuple[Counted, ...] = ()
+    why_not_counted: str = ""  # "" also when nobody asked
 
     @property
     def period_us(self) -> float:
@@ -118,7 +122,9 @@ def exposed_and_gaps(events: Sequence[Event], begin: int) -> list[tuple[int, int
     return result
 
 
-def make_steps(parts: Sequence[tuple[Range, list[Event]]], num_layers: int, isolated: bool) -> tuple[list[Step], bool]:
+def make_steps(
+    parts: Sequence[tuple[Range, list[Event]]], num_layers: int, isolated: bool, labels: Sequence[Labelled] = ()
+) -> tuple[list[Step], bool]:
     """Steps with placed events, and whether layers were found in any.
 
     Back-to-back steps begin where the one before ended, so that the host's time between them counts; the first has
@@ -130,7 +136,7 @@ def make_steps(parts: Sequence[tuple[Range, list[Event]]], num_layers: int, isol
         begin = span.start if isolated else events[0].start if previous is None else previous
         kernels = tuple(e.name for e in events if e.kind == "kernel")
         if kernels not in known:
-            known[kernels] = attribute(kernels, num_layers)
+            known[kernels] = attribute(kernels, num_layers, labels)
         layered = layered or any(place.layer is not None for place in known[kernels])
         kernel_places = iter(known[kernels])
         placed = tuple(
@@ -151,12 +157,15 @@ def representative(steps: Sequence[Step]) -> Step:
     return candidates[(len(candidates) - 1) // 2]
 
 
-def distil(trace: Trace, facts: Facts, *, isolated: bool = False) -> Profile:
-    """The profile of one run; ValueError when the trace has no steps."""
-    parts = split_steps(window(trace))
+def distil(recording: Recording) -> Profile:
+    """The profile of one run; ValueError when its trace has no steps."""
+    trace, facts = recording.trace, recording.facts
+    case = CASES[facts.case]
+    parts = split_steps(window(trace, f"{WINDOW} {case.name}"))
     if not parts:
         raise ValueError("no kernel ran inside a recorded step: the profiler lost the GPU's events, record again")
-    steps, layered = make_steps(parts, facts.num_layers, isolated)
+    labels = labelled(trace, f"{LABELS} {case.name}")
+    steps, layered = make_steps(parts, facts.num_layers, case.isolated, labels)
     period = sum(s.period for s in steps)
     traffic = bytes_by_role(facts)
     by_kernel: dict[tuple[str, str], list[Placed]] = defaultdict(list)
@@ -170,7 +179,20 @@ def distil(trace: Trace, facts: Facts, *, isolated: bool = False) -> Profile:
         _row(role, role, by_role[role], len(steps), period, traffic.get(role)) for role in ROLES if role in by_role
     ]
     kernels.sort(key=lambda row: -row.exposed_us)
-    return Profile(facts, trace.source, tuple(steps), representative(steps), tuple(kernels), tuple(roles), layered)
+    counted, why_not = _counted(recording.counters, labels)
+    median = representative(steps)
+    rows = tuple(kernels), tuple(roles)
+    return Profile(facts, trace.source, tuple(steps), median, *rows, layered, counted, why_not)
+
+
+def _counted(counters: str, labels: Sequence[Labelled]) -> tuple[tuple[Counted, ...], str]:
+    """ncu's rows, or why there are none."""
+    if not counters.startswith('"ID"'):
+        return (), counters
+    try:
+        return tuple(count(counters, labels)), ""
+    except ValueError as error:
+        return (), str(error)
 
 
 def _row(name: str, role: str, items: Sequence[Placed], steps: int, period: int, traffic: float | None = None) -> Row:

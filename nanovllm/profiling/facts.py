@@ -9,25 +9,35 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One thing to profile. `steps` are recorded after the warm-up; `isolated` ones are requests of their own."""
+    """One thing to profile: `warm` steps that nobody looks at, then `steps` that count.
+
+    `isolated` steps are requests of their own, waited for; others follow each other as in serving.
+    """
 
     name: str
     title: str
     batch: int
     prompt: int  # tokens of each prompt; 0 = drawn
+    warm: int
     steps: int
     isolated: bool = False
+    note: str = ""
 
 
+# The workload comes first: what runs before the first recorded step of a process need not be recorded.
 CASES = {
     case.name: case
     for case in (
-        Case("decode-b1", "Decode, batch 1, prompt 128", 1, 128, 32),
-        Case("decode-b16", "Decode, batch 16, prompt 128", 16, 128, 32),
-        Case("prefill-2048", "Prefill of 2,048 tokens", 1, 2048, 5, isolated=True),
-        Case("workload", "nano-vLLM's bench.py, 256 requests", 256, 0, 0),
+        Case(
+            "workload", "nano-vLLM's bench.py, 256 requests", 256, 0, 450, 32,
+            note="A slice of the workload's steady state: the 32 decode steps behind the first 450, when the prompts "
+            "are done and about as many requests run as in the mean of all steps",
+        ),
+        Case("decode-b1", "Decode, batch 1, prompt 128", 1, 128, 12, 32),
+        Case("decode-b16", "Decode, batch 16, prompt 128", 16, 128, 12, 32),
+        Case("prefill-2048", "Prefill of 2,048 tokens", 1, 2048, 3, 8, isolated=True),
     )
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +68,12 @@ class Facts:
     kv_tokens: float  # keys that a step reads, summed over its sequences, mean; 0 = not known
     profiler: str = "nsys"
     note: str = ""
+    # Measured by a process without any recorder, µs; 0 = not measured (a graph: or there is none).
+    free_step_us: float = 0.0  # host clock from step to step, median
+    free_wait_us: float = 0.0  # of it, the host waiting for the device, mean
+    free_graph_us: float = 0.0  # the step's CUDA graph replayed back to back
+    date: str = ""
+    commit: str = ""
 
     def to_json(self) -> str:
         """As an object of its fields."""

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write `text` beside `path` and rename it into place.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write `content` beside `path` and rename it into place.
 
     OSError with one sentence when that fails (say, the disk is full); the old file is then as it was and nothing is
     left beside it. An interrupt leaves the old file too.
@@ -15,8 +15,8 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

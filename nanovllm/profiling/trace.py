@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-WINDOW = "nanovllm.window"  # the range around everything that counts; synchronised on both sides
+WINDOW = "nanovllm.window"  # + " CASE": the range around the steps that count; synchronised on both sides
 STEP = "nanovllm.step"  # one range a step, inside the window
+LABELS = "nanovllm.labels"  # + " CASE": one step more, its kernels launched inside the ranges of their modules
 
 _FUNCTOR = re.compile(r"\w*(?:Functor|_kernel_cuda|_kernel_impl|Ops?\b)\w*")
 
@@ -55,9 +56,17 @@ class Trace:
     ranges: tuple[Range, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A kernel's name and the ranges it was launched in, the outermost first."""
+
+    name: str
+    ranges: tuple[str, ...]
+
+
 def short_name(demangled: str) -> str:
     """A kernel's name as people say it; ATen's elementwise kernels keep the functor that tells them apart."""
-    text = demangled.removeprefix("void ").replace("(anonymous namespace)::", "")
+    text = demangled.removeprefix("void ").replace("(anonymous namespace)::", "").replace("<unnamed>::", "")
     base = re.split(r"[<(]", text, maxsplit=1)[0].strip()
     name = base.rsplit("::", 1)[-1] or text[:60]
     if "at::native" in base:
@@ -181,17 +190,40 @@ def _trace(source: str, events: Iterable[Event], ranges: Iterable[Range]) -> Tra
     )
 
 
-def window(trace: Trace) -> Trace:
-    """The part of a trace inside its WINDOW ranges; all of it when it has none."""
-    windows = [r for r in trace.ranges if r.name == WINDOW]
+def window(trace: Trace, name: str) -> Trace:
+    """The part of a trace inside the ranges called `name`. ValueError when there is none."""
+    windows = [r for r in trace.ranges if r.name == name]
     if not windows:
-        return trace
+        raise ValueError(f"the trace has no range named {name!r}: record it with `nanovllm profile`")
     first, last = min(r.start for r in windows), max(r.end for r in windows)
     return Trace(
         trace.source,
         tuple(e for e in trace.events if first <= e.start <= last),
         tuple(r for r in trace.ranges if first <= r.start and r.end <= last),
     )
+
+
+def labelled(trace: Trace, name: str) -> list[Labelled]:
+    """The kernels of the step in the range called `name`, in order, with the ranges each was launched in.
+
+    [] when the trace has no such range or does not know when kernels were launched.
+    """
+    if not any(r.name == name for r in trace.ranges):
+        return []
+    part = window(trace, name)
+    kernels = [e for e in part.events if e.kind == "kernel" and e.launched is not None]
+    stack: list[Range] = []
+    found: dict[int, tuple[str, ...]] = {}
+    opened = iter(part.ranges)
+    following = next(opened, None)
+    for index in sorted(range(len(kernels)), key=lambda i: kernels[i].launched or 0):
+        when = kernels[index].launched or 0
+        while following is not None and following.start <= when:
+            stack.append(following)
+            following = next(opened, None)
+        stack = [r for r in stack if r.end >= when]
+        found[index] = tuple(r.name for r in stack if r.name != name)
+    return [Labelled(kernel.name, found[index]) for index, kernel in enumerate(kernels)]
 
 
 def split_steps(trace: Trace) -> list[tuple[Range, list[Event]]]:

@@ -4,6 +4,7 @@
     candidates   which configurations are worth trying (pure)
     compilers    Triton's disk cache filled from several processes
     measure      one problem: gate against float64, a cheap pass over all, a precise pass over the best
+    turns        variants in turn; percentiles (pure)
     search       all problems in turn
     table        the JSON file: merged, provenance, atomic
 

@@ -11,25 +11,28 @@ import dataclasses
 import itertools
 from dataclasses import dataclass
 
-from nanovllm.kernels.fusion_config import MAX_GEMV_ROWS, FusionConfig, Problem
+from nanovllm.kernels.fusion_config import MAX_GEMV_ROWS, MAX_PANEL_ROWS, FusionConfig, Problem
 from nanovllm.kernels.launch_config import Gpu, cdiv, next_power_of_2
 
-MAX_PANEL_ROWS = 16
 MAX_TILE_ROWS = 64  # above, a few large tiles are tried, mostly to show that cuBLAS is better
+MAX_ROWS = 128  # above, nothing is tried: the product is bound by arithmetic, and large tiles lost at 128 (H200)
 FLIGHT = 32 * 1024  # bytes of weight per SM that a pipeline should keep on the way
 _LARGE_TILES = ((64, 128, 64, 4, 4), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4))
 
 
 def candidates(problem: Problem, gpu: Gpu, *, pdl: bool = False) -> list[FusionConfig]:
-    """Configurations to try for `problem`, all of which can run; `pdl` asks for dependent launches."""
+    """Configurations to try for `problem`, all of which can run; `pdl` asks for dependent launches.
+
+    None for more than MAX_ROWS rows.
+    """
     found: list[FusionConfig] = []
     if problem.m <= MAX_GEMV_ROWS:
         found += _gemvs(problem)
-    if 2 <= problem.m <= MAX_PANEL_ROWS:
+    if problem.element_size == 2 and problem.m <= MAX_PANEL_ROWS:
         found += _panels(problem)
     if 2 <= problem.m <= MAX_TILE_ROWS:
         found += _tiles(problem, gpu)
-    elif problem.m > MAX_TILE_ROWS:
+    elif MAX_TILE_ROWS < problem.m <= MAX_ROWS:
         found += [FusionConfig("tile", *blocks) for blocks in _LARGE_TILES]
     if pdl:
         found = [dataclasses.replace(config, launch_pdl=True) for config in found]
@@ -37,31 +40,26 @@ def candidates(problem: Problem, gpu: Gpu, *, pdl: bool = False) -> list[FusionC
 
 
 def _gemvs(problem: Problem) -> list[FusionConfig]:
-    """A chunk is one 16-byte load a thread, or half of one where that wastes no lanes on the rest of a row."""
-    lanes = 512 // problem.element_size
+    """A chunk is one 16-byte load a lane; a warp has as many rows as make it hold 64 to 512 bytes of weight a lane."""
+    block_k = min(512 // problem.element_size, max(32, next_power_of_2(problem.k)))
+    row = cdiv(problem.k, block_k) * block_k * problem.element_size
     found = []
-    for warps, block_n in itertools.product((1, 2, 4, 8), (1, 2, 4, 8)):
-        for block_k in (warps * lanes, warps * lanes // 2):
-            half = block_k < warps * lanes
-            if half and (problem.k % (warps * lanes) == 0 or warps == 1) or block_k > next_power_of_2(problem.k):
-                continue
-            held = block_n * cdiv(problem.k, block_k) * block_k * problem.element_size
-            if 32 <= held // (32 * warps) <= 256:  # bytes a thread: two loads in flight to a quarter of its registers
-                found.append(FusionConfig("gemv", 0, block_n, block_k, warps))
+    for warps, rows in itertools.product((1, 2, 4, 8), (1, 2, 4, 8)):
+        if rows >= 1 + problem.swiglu and (rows == 1 + problem.swiglu or 64 <= rows * row // 32 <= 512):
+            found.append(FusionConfig("gemv", 0, rows * warps, block_k, warps))
     return found
 
 
 def _panels(problem: Problem) -> list[FusionConfig]:
-    """Shapes whose share of the weight and of x fits into the registers of a thread, and fills some of them."""
+    """All of K in flight where registers hold it, or a window of it; 128 to 512 bytes of weight a thread."""
     found = []
     block_m = max(8, next_power_of_2(problem.m))
-    for block_n, warps, block_k in itertools.product((16, 32), (2, 4, 8, 16), (16, 32, 64, 128)):
-        chunk = warps * block_k
-        if chunk > next_power_of_2(problem.k) or problem.k % chunk and problem.k % (chunk // 2) == 0 and block_k > 16:
-            continue
-        a_row = cdiv(problem.k, chunk) * chunk * problem.element_size // (32 * warps)  # bytes a thread
-        if 64 <= block_n * a_row <= 512 and (block_n + block_m) * a_row <= 512:
-            found.append(FusionConfig("panel", block_m, block_n, block_k, warps))
+    for block_n, warps in itertools.product((8, 16, 32), (2, 4, 8)):
+        width = 32 * warps
+        whole = cdiv(problem.k, width)
+        for chunks in {whole, *(c for c in (4, 8, 16) if c < whole)}:
+            if 128 <= block_n * chunks * 2 <= 512 or chunks == whole and block_n * chunks * 2 < 128:
+                found.append(FusionConfig("panel", block_m, block_n, chunks * width, warps))
     return found
 
 

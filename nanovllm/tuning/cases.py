@@ -48,19 +48,25 @@ LAYERS = ("qkv", "gate_up", "gate_up+swiglu", "lm_head")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One linear of one model at one batch."""
+    """One linear of one model at one batch. `folded`: gamma is part of the weight, the operator gets none."""
 
     model: str
     layer: str
     problem: Problem
+    folded: bool = False
 
 
 def cases(
-    shapes: dict[str, Shape], rows: Iterable[int] = ROWS, dtype: str = "bfloat16", layers: Iterable[str] = LAYERS
+    shapes: dict[str, Shape],
+    rows: Iterable[int] = ROWS,
+    dtype: str = "bfloat16",
+    layers: Iterable[str] = LAYERS,
+    *,
+    folded: bool = False,
 ) -> list[Case]:
     """All cases, in the order of `rows`, so that a run that is cut short knows the small batches of every model."""
     return [
-        Case(model, layer, Problem(m, n, shape.hidden_size, dtype, layer.endswith("swiglu")))
+        Case(model, layer, Problem(m, n, shape.hidden_size, dtype, layer.endswith("swiglu")), folded)
         for m in rows
         for model, shape in shapes.items()
         for layer, n in _outputs(shape)

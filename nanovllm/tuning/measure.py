@@ -1,9 +1,9 @@
 """One problem on one GPU: which candidates are right, and how long each takes.
 
 Weights are rotated through copies of three times the L2 cache; the calls of one variant form one CUDA graph. A
-configuration is timed only after its result has passed the gate: at most twice the error that norm and cuBLAS make
-against float64. All that pass are timed cheaply; the best few and the baselines again, in turn, so that a drifting
-clock meets all of them. A time is the median over the turns.
+configuration is timed only after its result has passed the gate: at most twice the error that PyTorch makes in the
+same dtype, against float64. All that pass are timed cheaply; the best few and the baselines again, in turn, so that a
+drifting clock meets all of them. A time is the median over the turns.
 
 The timer is an argument: what decides between candidates is tested with one that reads a clock of its own.
 """
@@ -11,21 +11,22 @@ The timer is an argument: what decides between candidates is tested with one tha
 from __future__ import annotations
 
 import functools
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
+from nanovllm.kernels import reference
 from nanovllm.kernels.fusion_config import UNFUSED, FusionConfig, Problem
 from nanovllm.kernels.launch_config import cdiv
 from nanovllm.kernels.rms_norm_linear_fusion import rms_norm_linear
 from nanovllm.tuning.cases import Case
+from nanovllm.tuning.turns import take_turns
 
 EPS = 1e-6
 MARGIN = 0.99  # a table takes a fused kernel that needs at most this share of the unfused time
-TOLERANCE = 2.0  # error allowed, as a multiple of the unfused error
+TOLERANCE = 2.0  # error allowed, as a multiple of PyTorch's
 GATED_ROWS = 256  # rows of x that are compared with float64, the first and the last among them
 COARSE_US, FINE_US = 100.0, 400.0  # how long a replay should take, so that events resolve it to 1 %
 Call = Callable[[torch.Tensor], torch.Tensor]  # takes the weight of its turn
@@ -67,9 +68,9 @@ class Result:
 
 
 class Operands:
-    """x, gamma and enough copies of the weight to defeat the cache."""
+    """x, gamma and enough copies of the weight to defeat the cache. `folded`: gamma is in the weight, and None here."""
 
-    def __init__(self, problem: Problem, device: torch.device, rotate_bytes: int = 0) -> None:
+    def __init__(self, problem: Problem, device: torch.device, rotate_bytes: int = 0, *, folded: bool = False) -> None:
         generator = torch.Generator(device).manual_seed(0)
         dtype = getattr(torch, problem.dtype)
 
@@ -78,7 +79,7 @@ class Operands:
 
         self.problem = problem
         self.x = normal(problem.m, problem.k).to(dtype)
-        self.gamma = (1 + 0.3 * normal(problem.k)).to(dtype)
+        self.gamma = None if folded else (1 + 0.3 * normal(problem.k)).to(dtype)
         weight = torch.empty(problem.weight_rows, problem.k, dtype=dtype, device=device)
         for part in weight.split(16384):  # a vocabulary in float32 at once would need as much again twice
             part.copy_(normal(*part.shape) / problem.k**0.5)
@@ -92,8 +93,9 @@ class Operands:
         return "swiglu" if self.problem.swiglu else None
 
     def truth(self) -> torch.Tensor:
-        """float64 [sample, N]; not by the reference body, whose norm is float32."""
-        normed = F.rms_norm(self.x[self.sample].double(), (self.problem.k,), self.gamma.double(), EPS)
+        """float64 [sample, N], not by a body of the package."""
+        gamma = None if self.gamma is None else self.gamma.double()
+        normed = F.rms_norm(self.x[self.sample].double(), (self.problem.k,), gamma, EPS)
         y = torch.cat([F.linear(normed, part.double()) for part in self.weights[0].split(8192)], dim=-1)
         if not self.problem.swiglu:
             return y
@@ -109,6 +111,14 @@ class Operands:
         torch.full((self.problem.m, self.problem.n), torch.nan, dtype=self.x.dtype, device=self.x.device)
         y = call(self.weights[0])[self.sample].double()
         return ((y - truth).square().mean() / truth.square().mean()).sqrt().item()
+
+    def eager(self) -> Variant:
+        """Plain PyTorch, every operator rounding."""
+
+        def call(weight: torch.Tensor) -> torch.Tensor:
+            return reference.rms_norm_linear(self.x, weight, self.gamma, EPS, activation=self.activation)
+
+        return Variant("eager", call)
 
     def fused(self, config: FusionConfig) -> Variant:
         """The operator with an explicit configuration."""
@@ -181,24 +191,6 @@ def calls_for(problem: Problem, copies: int, replay_us: float) -> int:
     return copies * max(1, round(replay_us / (copies * estimate)))
 
 
-def take_turns(replays: dict[str, Replay], rounds: int) -> dict[str, tuple[float, float, float]]:
-    """Median, 20th and 80th percentile of `rounds` turns, each going through all variants, back and forth.
-
-    One more turn goes before and does not count: it warms up.
-    """
-    turns: dict[str, list[float]] = {name: [] for name in replays}
-    for turn in range(rounds + 1):
-        for name in list(replays)[:: 1 if turn % 2 else -1]:
-            us = replays[name]()
-            if turn:
-                turns[name].append(us)
-    found = {}
-    for name, times in turns.items():
-        low, *_, high = statistics.quantiles(times, n=5)
-        found[name] = (statistics.median(times), low, high)
-    return found
-
-
 def measure(
     case: Case,
     operands: Operands,
@@ -209,11 +201,16 @@ def measure(
     rounds: int = 15,
     finalists: int = 3,
 ) -> Result:
-    """Gate and time `configs`; then the fastest few, norm + linear, and `baselines` again, in turn."""
+    """Gate and time `configs`; then the fastest few, norm + linear, and `baselines` again, in turn.
+
+    Raises RuntimeError if norm + linear themselves do not pass the gate.
+    """
     result, problem, weights = Result(case), case.problem, operands.weights
     unfused = operands.fused(UNFUSED)
     truth = operands.truth()
-    allowed = TOLERANCE * operands.error(unfused.call, truth)
+    allowed = TOLERANCE * operands.error(operands.eager().call, truth)
+    if not (error := operands.error(unfused.call, truth)) <= allowed:
+        raise RuntimeError(f"norm and linear are wrong for {case}: relative error {error:.2e}, allowed {allowed:.2e}")
     coarse, fine = (calls_for(problem, len(weights), us) for us in (COARSE_US, FINE_US))
     first: dict[str, float] = {}
     fused: dict[str, Variant] = {}

@@ -31,11 +31,11 @@ class Stage:
 
 
 def plan(cases: Sequence[Case], gpu: Gpu, *, pdl: bool = False) -> list[Stage]:
-    """Stages in the order of the cases."""
+    """Stages in the order of the cases. Of folded cases only norm + linear are measured: kernels gain nothing by it."""
     stages: list[Stage] = []
     known: set[Kernel] = set()
     for _, group in itertools.groupby(cases, key=lambda case: case.problem.m):
-        tried = [(case, candidates(case.problem, gpu, pdl=pdl)) for case in group]
+        tried = [(case, [] if case.folded else candidates(case.problem, gpu, pdl=pdl)) for case in group]
         kernels = dict.fromkeys(kernel_of(case.problem, config) for case, configs in tried for config in configs)
         stages.append(Stage(tried, [kernel for kernel in kernels if kernel not in known]))
         known.update(kernels)
@@ -75,7 +75,7 @@ def search(
                 if time.monotonic() >= deadline:
                     return
                 sound = [config for config in configs if kernel_of(case.problem, config) not in refused]
-                operands = Operands(case.problem, device, rotate)
+                operands = Operands(case.problem, device, rotate, folded=case.folded)
                 baselines = [] if extra is None else extra.variants(operands)
                 result = measure(case, operands, sound, timer, baselines=baselines)
                 for config in set(configs) - set(sound):
