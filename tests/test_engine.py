@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -353,13 +354,18 @@ def test_async(model: str, expected: list[list[int]]) -> None:
         assert [output.finished for output in outputs[-2:]] == [False, True]
         return outputs[-1]["token_ids"]
 
+    def wait(prompt: list[int], generated: list[int], logits: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.01)  # so that the end is far away when the request is aborted
+        return logits
+
     async def main() -> None:
         async with AsyncLLM(model, **SMALL) as llm:
             assert await asyncio.gather(*(one(llm, prompt) for prompt in PROMPTS)) == expected
             with pytest.raises(ValueError, match="empty"):
                 async for _ in llm.generate([], GREEDY):
                     pass
-            async for output in llm.generate(PROMPTS[0], GREEDY.clone(max_tokens=100), request_id="mine"):
+            slow = GREEDY.clone(max_tokens=100, logits_processors=[wait])
+            async for output in llm.generate(PROMPTS[0], slow, request_id="mine"):
                 if len(output["token_ids"]) == 2:
                     await llm.abort("mine")
                 if output.finished:

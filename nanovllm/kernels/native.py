@@ -62,7 +62,8 @@ def _load() -> ctypes.CDLL | str:
 
 def cache_folder() -> Path:
     """Where builds are kept: nanovllm/native in XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanovllm" / "native"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(cache) / "nanovllm" / "native"
 
 
 def build(compiler: str, flags: tuple[str, ...], folder: Path) -> ctypes.CDLL:
