@@ -24,7 +24,7 @@ Vectors are GCC's extension, which clang has too: no intrinsics, any CPU. OpenMP
 
 enum { DOT_ROWS = 4, DOT_COLS = 3 };                          /* weight rows and rows of x in a block of dots */
 enum { PANEL_ROWS = 6, PANEL = 2 * LANES, PANEL_STEPS = 256 }; /* the same of panels; steps along k between stores */
-enum { MIN_TILE = 48, MAX_TILE = 128, TILE_FLOATS = 1 << 16 }; /* rows of x taken at a time: half an L2 cache */
+enum { MIN_TILE = 64, MAX_TILE = 128, TILE_FLOATS = 98304 }; /* rows of x taken at a time: half an L2 cache */
 enum { QUERIES = 48, MAX_PAGE = 64, MAX_DIM = 256 };          /* of attention; `native.py` refuses more */
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -118,15 +118,14 @@ INLINE void dots(const float *const w[], const float *x, int64_t m, int64_t k, f
 INLINE int in_panels(int64_t m) { return (m + PANEL - 1) / PANEL * PANEL * 10 <= m * 11; }
 
 /* sums[r * ld + c] (+)= w[r] . column c of the panel x [k, PANEL], steps from ... to - 1 along k, for 6 rows of w.
-   `ahead`: how far behind each row of w lies one that comes into the cache, or 0. */
+   What lies `ahead` of row `turn` of w and of every `turns`-th from there comes into the cache. */
 INLINE void panel_block(const float *const w[], int64_t from, int64_t to, const float *x, float *sums, int64_t ld,
-                        int64_t ahead) {
+                        int64_t ahead, int64_t turn, int64_t turns) {
     vec acc[PANEL_ROWS][2];
     UNROLL for (int r = 0; r < PANEL_ROWS; r++)
         acc[r][0] = acc[r][1] = (vec){0};
     for (int64_t i = from; i < to;) {
-        if (ahead)
-            UNROLL for (int r = 0; r < PANEL_ROWS; r++) __builtin_prefetch(w[r] + ahead + i);
+        for (int64_t r = turn; r < PANEL_ROWS; r += turns) __builtin_prefetch(w[r] + ahead + i);
         int64_t stop = min(i + 16, to); /* a cache line of each row */
         _Pragma("GCC unroll 4") for (; i < stop; i++) {
             vec low = load(x + i * PANEL), high = load(x + i * PANEL + LANES);
@@ -151,9 +150,11 @@ INLINE void panel_block(const float *const w[], int64_t from, int64_t to, const 
 /* sums[r * ld + c] = w[r] . x[c] for m rows of x, which lie in panels [k, PANEL]; the last panel's padding included. */
 INLINE void panels(const float *const w[], const float *x, int64_t m, int64_t k, float *sums, int64_t ld,
                    int64_t ahead) {
+    int64_t turns = (m + PANEL - 1) / PANEL;
     for (int64_t from = 0; from < k; from += PANEL_STEPS)
-        for (int64_t c = 0; c < m; c += PANEL)
-            panel_block(w, from, min(from + PANEL_STEPS, k), x + c * k, sums + c, ld, c ? 0 : ahead);
+        for (int64_t turn = 0; turn < turns; turn++)
+            panel_block(w, from, min(from + PANEL_STEPS, k), x + turn * PANEL * k, sums + turn * PANEL, ld, ahead, turn,
+                        turns);
 }
 
 /* ------------------------------------------------------------------------------------------------------- linear */
