@@ -274,6 +274,7 @@ def test_an_interrupt_ends_the_whole_group(tmp_path: Path) -> None:
     tool = write_tool(tmp_path / "tool", f"(sleep 2; touch {tmp_path}/survived) & wait")
     code = (
         "import signal, sys, threading, os\nfrom nanovllm.profiling import nsys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "threading.Timer(0.7, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
         "try:\n    nsys.run([sys.argv[1]], 'tool')\nexcept KeyboardInterrupt:\n    print('interrupted')\n"
     )
