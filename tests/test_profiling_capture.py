@@ -361,6 +361,7 @@ def fake_tools(monkeypatch: pytest.MonkeyPatch, tools: dict[str, object]) -> lis
     def fake_run(command: list[str], what: str, environment: object = None, timeout: float | None = None) -> str:
         spec = json.loads(Path(command[-1]).read_text())
         log.append(f"{spec['profiler']} {spec['fusion']}")
+        assert timeout is None or timeout > 0
         outcome = tools.get(spec["profiler"], "")
         if isinstance(outcome, BaseException):
             raise outcome
@@ -454,8 +455,74 @@ def test_a_slow_ncu_costs_its_counters_only(
     assert "interrupted: what had been published is kept" in capsys.readouterr().err
     assert (tmp_path / "out" / "decode-b1" / "timeline.html").exists() and (tmp_path / "rows.csv").exists()
     fake_tools(monkeypatch, {"ncu path": Path("ncu"), "ncu": OSError("ncu took longer than 120 s and was ended")})
-    assert run_capture(tmp_path, "--case", "decode-b1", "--ncu") == 0
+    assert run_capture(tmp_path, "--case", "decode-b1", "--ncu") == 1
+    assert "no counters of decode-b1: ncu took longer than 120 s and was ended" in capsys.readouterr().err
     assert "None: ncu took longer than 120 s" in (tmp_path / "out" / "decode-b1" / "notes.md").read_text()
+
+
+def test_a_case_that_fails_costs_the_others_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """decode-b16 runs out of memory: decode-b1 is packed, and what another run recorded is published beside it."""
+    log = fake_tools(monkeypatch, {})
+    sound = nsys.run
+
+    def short_of_memory(command: list[str], *args: Any, **kwargs: Any) -> str:
+        said = sound(command, *args, **kwargs)
+        failed = Path(f"{json.loads(Path(command[-1]).read_text())['out']}.decode-b16.json")
+        if failed.exists():
+            failed.write_text('{"error": "out of memory"}')
+        return said
+
+    monkeypatch.setattr(nsys, "run", short_of_memory)
+    words = ["--case", "decode-b1", "decode-b16", "--pack", str(tmp_path)]
+    assert run_capture(tmp_path, *words) == 1
+    assert log == ["none auto", "torch auto", "none off", "torch off"]
+    assert "decode-b16 fusion off: not recorded (out of memory)" in capsys.readouterr().err
+    archive = tmp_path / "profiles.tar.gz"
+    first = archive.rename(tmp_path / "first.tar.gz")
+    monkeypatch.setattr(nsys, "run", sound)
+    assert run_capture(tmp_path, "--case", "prefill-2048", "--pack", str(tmp_path)) == 0
+    assert run_capture(tmp_path, "--unpack", str(first), str(archive)) == 0
+    assert sorted(folder.name for folder in (tmp_path / "out").iterdir()) == ["decode-b1", "prefill-2048"]
+
+
+def test_the_limit_ends_what_runs_and_begins_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_tools(monkeypatch, {})
+    limits: list[float] = []
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    fake_run = nsys.run
+
+    def a_minute_each(*args: Any, timeout: float) -> str:
+        limits.append(timeout)
+        clock[0] += 60
+        return fake_run(*args, timeout=timeout)
+
+    monkeypatch.setattr(nsys, "run", a_minute_each)
+    assert run_capture(tmp_path, "--case", "decode-b1", "--limit", "130") == 1
+    assert limits == [130, 70] and (tmp_path / "out" / "decode-b1" / "timeline.html").exists()
+    assert "fusion off: the time limit is over" in capsys.readouterr().err
+
+
+def test_one_failed_case_of_an_engine_is_told_and_all_of_them_raise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_models.save_model("qwen3", tmp_path / "model")
+    for name, prompt in (("decode-b1", 20), ("decode-b16", 500)):
+        monkeypatch.setitem(CASES, name, dataclasses.replace(CASES[name], prompt=prompt, batch=1, warm=1, steps=2))
+    options = {"max_model_len": 100, "kv_cache_memory_bytes": 1 << 22}
+    spec = {
+        "model": str(tmp_path / "model"), "name": "tiny", "cases": ["decode-b1", "decode-b16"], "fusion": "off",
+        "profiler": "none", "device": "cpu", "options": options, "out": str(tmp_path / "x"), "note": "", "origin": {},
+    }  # fmt: skip
+    child.run(spec)
+    assert json.loads((tmp_path / "x.decode-b1.json").read_text())["step_us"] > 0
+    assert "max_model_len" in json.loads((tmp_path / "x.decode-b16.json").read_text())["error"]
+    with pytest.raises(RuntimeError, match="max_model_len"):
+        child.run({**spec, "cases": ["decode-b16"]})
 
 
 def test_bad_archives_and_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -497,7 +564,7 @@ def test_a_real_engine_under_a_real_profiler(tmp_path: Path, monkeypatch: pytest
     options = {"max_model_len": 100, "kv_cache_memory_bytes": 1 << 22}
     request = capture.Request(str(tmp_path / "model"), (name,), ("off",), "torch", "tiny", options, device="cpu")
     monkeypatch.setattr(capture, "read_trace", operators_as_kernels)
-    monkeypatch.setattr(nsys, "run", lambda command, what: child.run(json.loads(Path(command[-1]).read_text())))
+    monkeypatch.setattr(nsys, "run", lambda command, what, **_: child.run(json.loads(Path(command[-1]).read_text())))
     capture.record(request, tmp_path, say=lambda _: None)
     published = capture.publish(tmp_path, tmp_path / "out", lambda profiles: ["again"])
     (profile,) = published[name]

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     )
     capture.require_gpu()
     with tempfile.TemporaryDirectory(prefix="nanovllm-recordings-") as folder:
-        capture.record(request, Path(folder), say)
+        missing = capture.record(request, Path(folder), say)
         if args.ncu:
             capture.count(request, Path(folder), say)
         published = capture.publish(Path(folder), args.out, lambda profiles: command(args, profiles[0].facts.case))
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{case}, fusion {p.facts.fusion:5} {p.period_us:10.1f} us a step, {p.kernels_per_step:.0f} kernels, "
                   f"GPU idle {p.idle_share:.1%}")  # fmt: skip
         print(args.out / case / "timeline.html")
-    return 0
+    return int(bool(missing))
 
 
 def command(args: argparse.Namespace, case: str) -> list[str]:

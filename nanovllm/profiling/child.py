@@ -5,7 +5,8 @@
                 "torch"  the same, and records itself
                 "ncu"    only the labelled step, since a counter costs a replay of every kernel
 
-What was run is written as one JSON file a case. A mistake is one sentence on stderr and status 2.
+What was run is written as one JSON file a case, {"error": sentence} where it failed. A mistake is one sentence on
+stderr and status 2.
 """
 
 from __future__ import annotations
@@ -37,9 +38,13 @@ def main(argv: list[str]) -> int:
     try:
         run(spec)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        print(f"nanovllm: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"nanovllm: {_sentence(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _sentence(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def run(spec: dict[str, Any]) -> None:
@@ -57,16 +62,22 @@ def run(spec: dict[str, Any]) -> None:
         options["kv_cache_memory_bytes"] = _NCU_KV_BYTES
     with LLM(spec["model"], **options | spec["options"]) as llm:
         recorder = Recorder(tool.mark, tool.sync, tool.start, tool.stop if profiler == "ncu" else None)
+        failed = []
         for case in cases:
-            result = _case(llm, case, profiler, tool, recorder)
-            if isinstance(result, Counts):
-                result = asdict(_facts(llm, case, spec, result, copy_gb_s, tool))
+            try:
+                result = _case(llm, case, profiler, tool, recorder)
+                if isinstance(result, Counts):
+                    result = asdict(_facts(llm, case, spec, result, copy_gb_s, tool))
+            except (ValueError, RuntimeError) as error:  # out of memory, say: the other cases are smaller
+                failed.append(result := {"error": _sentence(error)})
             Path(f"{spec['out']}.{case.name}.json").write_text(json.dumps(result), encoding="utf-8")
+        if len(failed) == len(cases):
+            raise RuntimeError(failed[0]["error"])
         tool.stop()
         tool.export(Path(f"{spec['out']}.trace.json"))
 
 
-def _case(llm: LLM, case: Case, profiler: str, tool: Tool, recorder: Recorder) -> Counts | dict[str, float]:
+def _case(llm: LLM, case: Case, profiler: str, tool: Tool, recorder: Recorder) -> Counts | dict[str, Any]:
     """Facts of the recorded steps, or times where nothing is recorded."""
     engine, vocab_size = llm.engine, llm.engine.model_config.vocab_size
     model = engine.runner.model

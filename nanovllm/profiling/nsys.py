@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 NVIDIA = Path("/opt/nvidia")
@@ -42,11 +42,16 @@ def importer_of(nsys: Path) -> Path | None:
     return next((found for root in roots for found in sorted(root.glob("**/QdstrmImporter"))), None)
 
 
-def record(nsys: Path, prefix: Path, command: Sequence[str]) -> Path:
-    """Run `command` under nsys; returns the SQLite export. OSError with one sentence when a stage fails."""
+def record(
+    nsys: Path, prefix: Path, command: Sequence[str], seconds_left: Callable[[], float | None] = lambda: None
+) -> Path:
+    """Run `command` under nsys; returns the SQLite export. OSError with one sentence when a stage fails.
+
+    `seconds_left()` is what each stage may take; None: any time.
+    """
     report, raw, exported = (prefix.with_name(prefix.name + end) for end in (".nsys-rep", ".qdstrm", ".sqlite"))
     for extra in (_RANGE, ()):  # where nsys knows no such range, the whole process is recorded
-        run(record_command(nsys, prefix, command, extra), "nsys profile")
+        run(record_command(nsys, prefix, command, extra), "nsys profile", timeout=seconds_left())
         if report.exists() or raw.exists():
             break
     libs = os.environ.get("NSYS_LIBS", "")
@@ -55,10 +60,11 @@ def record(nsys: Path, prefix: Path, command: Sequence[str]) -> Path:
         if importer is None or not raw.exists():
             raise OSError(f"nsys left neither {report.name} nor an importer for {raw.name}: install Nsight Systems")
         path = ":".join(part for part in (str(importer.parent), libs) if part)
-        run([str(importer), "-f", "-i", str(raw), "-o", str(report)], "QdstrmImporter", {"LD_LIBRARY_PATH": path})
+        importing = [str(importer), "-f", "-i", str(raw), "-o", str(report)]
+        run(importing, "QdstrmImporter", {"LD_LIBRARY_PATH": path}, seconds_left())
     path = ":".join(part for part in (libs, os.environ.get("LD_LIBRARY_PATH", "")) if part)
     command = [str(nsys), "export", "-t", "sqlite", "--force-overwrite", "true", "-o", str(exported), str(report)]
-    run(command, "nsys export", {"LD_LIBRARY_PATH": path})
+    run(command, "nsys export", {"LD_LIBRARY_PATH": path}, seconds_left())
     return exported
 
 
