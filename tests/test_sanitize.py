@@ -6,8 +6,12 @@ compute-sanitizer itself needs a GPU: `make sanitize`.
 from __future__ import annotations
 
 import os
+import sys
+import time
+from pathlib import Path
 
 import pytest
+import sanitize
 import torch
 from sanitize import DONE, REPORTED, blind, verdict
 from sanitize_cases import CASES, distinct_cases, package_kernels, record
@@ -103,3 +107,55 @@ def test_planted_faults_compile() -> None:
         source = triton.compiler.ASTSource(kernel, {"x": "*i32", "BLOCK": "constexpr"}, {"BLOCK": 128})
         binary = triton.compile(source, target=target, options={"num_warps": 4})
         assert instruction in binary.asm["ptx"] and binary.asm["cubin"]
+
+
+PYTHON = """#!/bin/sh
+# Stands in for Python: planted faults say nothing, a part says that all its cases ran, unless its number is SLOW.
+case "$*" in
+  *--planted*) ;;
+  *"--part $SLOW/"*) sleep 60 & echo $! > "$PID"; wait ;;
+  *) echo "all cases ran" ;;
+esac
+"""
+TOOL = """#!/bin/sh
+# Stands in for compute-sanitizer: --tool T and two options with a value, then the command.
+tool=$2; shift 6
+"$@" || exit 1
+case "$tool $*" in
+  *--planted*) echo "========= $tool SUMMARY: 1 error" ;;
+  memcheck*) echo "========= ERROR SUMMARY: 0 errors" ;;
+  racecheck*) echo "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)" ;;
+esac
+"""
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, text in (("python", PYTHON), ("compute-sanitizer", TOOL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("PID", str(tmp_path / "pid"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    return tmp_path
+
+
+def test_the_whole_run(stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("SLOW", "none")
+    assert sanitize.check(["memcheck", "racecheck"], stand_ins) == 0
+    assert "no report" in capsys.readouterr().out
+
+
+def test_the_limit_ends_a_part_and_what_it_started(
+    stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also: a part that fails by itself does not keep the tools from the others."""
+    monkeypatch.setenv("SLOW", "0")
+    began = time.monotonic()
+    assert sanitize.check(["memcheck"], stand_ins, limit=2.0) == 1
+    assert time.monotonic() - began < 20
+    told = capsys.readouterr().out
+    assert "parts fail without a tool too" in told and "memcheck   kernels1 as it should be" in told
+    assert "the cases did not run to their end (exit status 124)" in told
+    state = Path(f"/proc/{(stand_ins / 'pid').read_text().strip()}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z", "what the tool watched has ended"
