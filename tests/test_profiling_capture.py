@@ -193,9 +193,8 @@ def test_free_steps_tell_the_host_from_the_device() -> None:
 
 
 def run_cli(*words: str) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from nanovllm.cli import main; sys.exit(main(sys.argv[1:]))"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
+    return subprocess.run([sys.executable, "-m", "nanovllm", *words], capture_output=True, text=True, env=environment)
 
 
 def test_no_gpu_is_one_sentence(tmp_path: Path) -> None:
