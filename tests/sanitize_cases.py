@@ -23,6 +23,7 @@ from nanovllm.kernels import (
     activation,
     decode_attention,
     feed,
+    fetch,
     jit,
     kv_cache,
     linear_residual,
@@ -225,6 +226,14 @@ def feed_tokens(device: str, half: torch.dtype) -> None:
     feed.feed_tokens_(torch.tensor([11, -3, 12, -1] * 300).to(device), torch.tensor([500, 600, 700]).to(device))
 
 
+def fetch_step(device: str, half: torch.dtype) -> None:
+    for rows, width in ((1, 1), (5, 40), (5, 1500)):
+        shapes = ((2, 3, rows), torch.int64), ((2, rows), torch.int32), ((2, rows, width), torch.int32)
+        source = tuple(torch.zeros(shape, dtype=dtype, pin_memory=device == "cuda") for shape, dtype in shapes)
+        target = tuple(torch.zeros_like(part[0], device=device) for part in source)
+        fetch.fetch_step_(torch.tensor([1, 0]).to(device), source, target, rows, width)  # type: ignore[arg-type]
+
+
 def embed_fed(device: str, half: torch.dtype) -> None:
     ids, sampled = torch.tensor([11, -3, 12, -1]).to(device), torch.tensor([0, 1, 12]).to(device)
     for width in (100, 1500):
@@ -241,7 +250,7 @@ def sample_rows(device: str, half: torch.dtype) -> None:
         params = sample_cut.RowParams(heat, seeds, positions, k, p, floor)
         sample_cut.sample_rows(logits, params)
         echo = torch.zeros(2, count, dtype=torch.int64, pin_memory=device == "cuda")
-        sink = sample.TokenSink(torch.zeros(count, dtype=torch.int64).to(device), echo, torch.tensor([1]).to(device))
+        sink = sample.TokenSink(torch.zeros(count, dtype=torch.int64).to(device), echo, torch.tensor([0, 1]).to(device))
         sample.sample(logits, heat, seeds, positions, sink=sink)
 
 
@@ -278,6 +287,7 @@ CASES: dict[str, list[Case]] = {
     ],
     "feed._feed_kernel": [Case(feed_tokens)],
     "feed._embed_kernel": [Case(embed_fed)],
+    "fetch._fetch_kernel": [Case(fetch_step)],
     "sample._chunk_kernel": SAMPLE_CASES,
     "sample._pick_kernel": SAMPLE_CASES,
     "sample._uniform_kernel": [Case(uniform)],

@@ -17,6 +17,7 @@ from nanovllm.kernels import (
     activation,
     decode_attention,
     feed,
+    fetch,
     jit,
     kv_cache,
     linear_residual,
@@ -99,7 +100,7 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     gpu, capability = TARGETS[request.param]
     names: list[str] = []
     modules: list[ModuleType] = [activation, decode_attention, kv_cache, norm, prefill_attention, rope]
-    modules += [linear_residual, rms_norm_linear_kernels, rope_attention, feed, sample, sample_cut]
+    modules += [linear_residual, rms_norm_linear_kernels, rope_attention, feed, fetch, sample, sample_cut]
     for module in modules:
         if hasattr(module, "use_triton"):
             monkeypatch.setattr(module, "use_triton", lambda x: True)
@@ -129,14 +130,17 @@ def test_row_kernels(compiled: list[str]) -> None:
 
 @pytest.mark.parametrize("compiled", ["dependent", "consumer"], indirect=True)
 def test_ends_of_a_step(compiled: list[str]) -> None:
-    """Input tokens and their rows of the embedding; sampling, with the tokens sent to the host's memory."""
+    """Inputs from the host's memory, rows of the embedding; sampling, with the tokens sent to the host's memory."""
     ids, vocab, rows = torch.zeros(4, dtype=torch.int64), 151936, 4
+    turn, table = torch.zeros(2, dtype=torch.int64), torch.zeros(2, rows, 640, dtype=torch.int32)
+    source = torch.zeros(2, 3, rows, dtype=torch.int64), table[:, :, 0].contiguous(), table
+    fetch.fetch_step_(turn, source, tuple(part[0] for part in source), rows, 640)
     feed.embed_fed(ids, ids, torch.zeros(vocab, 8, dtype=BF16))
     floats, logits = torch.zeros(rows), torch.zeros(rows, vocab, dtype=BF16)
     params = sample_cut.RowParams(floats, ids, ids, ids, floats, floats)
-    sink = sample.TokenSink(ids, torch.zeros(2, rows, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    sink = sample.TokenSink(ids, torch.zeros(2, rows, dtype=torch.int64), turn)
     sample_cut.sample_rows(logits, params, sink=sink)
-    assert compiled == ["_embed_kernel", "_summary_kernel", "_threshold_kernel", "_chunk_kernel", "_pick_kernel"]
+    assert compiled == ["_fetch_kernel", "_embed_kernel", "_summary_kernel", "_threshold_kernel", "_chunk_kernel", "_pick_kernel"]
 
 
 @h100

@@ -1,7 +1,8 @@
 """From a `ScheduledBatch` (plain Python) to a `ForwardBatch` (tensors): one packed copy to the device a step.
 
-Decode-only steps use buffers at fixed addresses, which is what lets a CUDA graph replay them; their block table is
-kept between steps and only new blocks are written. Steps with prefill chunks are packed to their exact size.
+Decode-only steps use buffers at fixed addresses, which is what lets a CUDA graph replay them; the graph fetches what
+goes into them. Their block table is kept between steps and only new blocks are written. Steps with prefill chunks are
+packed to their exact size.
 
 A token that a step in flight samples is named by the row where it will be (`kernels.feed`); `feed` puts it in place.
 """
@@ -12,8 +13,9 @@ import numpy as np
 import torch
 
 from nanovllm.engine.batch import ScheduledBatch, ScheduledSequence
-from nanovllm.engine.staging import Staging
+from nanovllm.engine.staging import IN_FLIGHT, Staging
 from nanovllm.kernels.feed import feed_tokens_
+from nanovllm.kernels.fetch import fetch_step_
 from nanovllm.kernels.sample import TokenSink
 from nanovllm.layers.attention.backend import AttentionMetadata
 from nanovllm.layers.forward_batch import ForwardBatch
@@ -33,10 +35,18 @@ class InputBuilder:
         table_bytes = rows * self.max_blocks * 4
         self.mixed = Staging(tokens * 24 + rows * 24 + table_bytes + 256, device)
         self.decode = Staging(rows * 32 + table_bytes + 256, device)
-        shapes = [((1,), _I64)] + [((rows,), _I64)] * 3 + [((rows,), _I32), ((rows, self.max_blocks), _I32)]
-        self._echo_slot, *arrays = self.decode.reserve(shapes)
-        self._ids, self._positions, self._slots, self._context_lens, self._table = arrays
-        self._slots.device.fill_(-1)  # until a step says otherwise, nothing is stored
+        self._numbers, self._context_lens, self._table = self.decode.reserve(
+            [((3, rows), _I64), ((rows,), _I32), ((rows, self.max_blocks), _I32)]
+        )
+        # The host's side of the numbers; on the device: rows of `_numbers.device`.
+        self._ids, self._positions, self._slots = self._numbers.host
+        # Until a step says otherwise, nothing is stored.
+        self._slots.fill(-1)
+        self._numbers.device[2].fill_(-1)
+        self._numbers.slots[:, 2].fill_(-1)
+        # Which slot the next graph fetches, and which one the running graph has fetched (`kernels.fetch`).
+        self._turn = torch.zeros(2, dtype=torch.int64, device=device)
+        self._num_published = 0
         self._query_start = torch.arange(rows + 1, dtype=torch.int32, device=device)
         # Which sequence's blocks each row of the decode table holds, and how many of them.
         self._row_owner: list[tuple[int, int] | None] = [None] * rows
@@ -46,28 +56,60 @@ class InputBuilder:
 
     # -- decode-only steps -------------------------------------------------------------------------------------------
 
-    def build_decode(self, batch: ScheduledBatch, padded: int, echo_slot: int = 0) -> ForwardBatch:
-        """Inputs of a decode-only step in the fixed buffers, padded to `padded` rows; its tokens go to `echo_slot`.
+    def build_decode(self, batch: ScheduledBatch, padded: int) -> ForwardBatch:
+        """Inputs of a decode-only step, padded to `padded` rows, in the host's half of the fixed buffers.
 
+        They reach the device by `send`, or by `publish` and a graph that begins with `fetch`.
         Padding rows have context length 0 and slot -1: attention and the KV store skip them.
         """
         items, n = batch.scheduled, len(batch.scheduled)
-        self._echo_slot.host[0] = echo_slot
         positions = np.fromiter((item.start for item in items), _I64, n)
-        self._ids.host[:n] = [self._token(item) for item in items]
-        self._positions.host[:n] = positions
+        self._ids[:n] = [self._token(item) for item in items]
+        self._positions[:n] = positions
         self._context_lens.host[:n] = positions + 1
         for row, item in enumerate(items):
             self._update_table_row(row, item)
         block_index, offset = np.divmod(positions, self.block_size)
-        self._slots.host[:n] = self._table.host[np.arange(n), block_index].astype(_I64) * self.block_size + offset
+        self._slots[:n] = self._table.host[np.arange(n), block_index].astype(_I64) * self.block_size + offset
         if padded > n:
-            self._ids.host[n:padded] = 0
-            self._positions.host[n:padded] = 0
-            self._slots.host[n:padded] = -1
+            self._ids[n:padded] = 0
+            self._positions[n:padded] = 0
+            self._slots[n:padded] = -1
             self._context_lens.host[n:padded] = 0
-        self.decode.copy(self._table.end_of_rows(n))
         return self.decode_view(padded, [item.context_len for item in items])
+
+    def send(self, rows: int) -> None:
+        """Copy what `build_decode` made to the device."""
+        self.decode.copy(self._table.end_of_rows(rows))
+
+    def publish(self, rows: int) -> int:
+        """Leave what `build_decode` made to the graph that is launched next, which must begin with `fetch`.
+
+        Returns the slot, which is also where that graph leaves its tokens (`sink`).
+        """
+        slot = self._num_published % IN_FLIGHT
+        self.decode.publish(slot, self._table.end_of_rows(rows))
+        return slot
+
+    def launched(self) -> None:
+        """The graph for which inputs were published is under way: it advances the device's turn, this the host's."""
+        self._num_published += 1
+
+    def restart(self) -> None:
+        """Both sides begin with slot 0, whatever has been run to record graphs."""
+        self._turn.zero_()
+        self._num_published = 0
+
+    def fetch(self, rows: int, max_context: int) -> None:
+        """Bring the published inputs of `rows` rows, none of a longer context, into the fixed buffers."""
+        numbers, lengths, table = self._numbers, self._context_lens, self._table
+        fetch_step_(
+            self._turn,
+            (numbers.slots, lengths.slots, table.slots),
+            (numbers.device, lengths.device, table.device),
+            rows,
+            min(-(-max_context // self.block_size), self.max_blocks),
+        )
 
     def decode_view(self, size: int, lengths: list[int]) -> ForwardBatch:
         """The fixed buffers as a decode batch of `size` rows; `lengths`: context lengths, or bounds on them."""
@@ -76,15 +118,14 @@ class InputBuilder:
             query_start=self._query_start[: size + 1],
             context_lens=self._context_lens.device[:size],
             block_table=self._table.device[:size],
-            slot_mapping=self._slots.device[:size],
+            slot_mapping=self._numbers.device[2, :size],
             max_query_len=0,
             max_context_len=max(lengths),
             query_lens_cpu=[1] * size,
             context_lens_cpu=lengths,
         )
-        return ForwardBatch(
-            self._ids.device[:size], self._positions.device[:size], metadata, logits_rows=None, sampled=self._sampled
-        )
+        ids, positions = self._numbers.device[0, :size], self.positions[:size]
+        return ForwardBatch(ids, positions, metadata, logits_rows=None, sampled=self._sampled)
 
     def _update_table_row(self, row: int, item: ScheduledSequence) -> None:
         owner = (item.seq.seq_id, item.seq.num_preemptions)
@@ -102,8 +143,8 @@ class InputBuilder:
         return self._sampled[:rows]
 
     def sink(self, rows: int, echo: torch.Tensor) -> TokenSink:
-        """`sampled(rows)`, and the row of the pinned `echo` [slots, rows] that the decode buffers name."""
-        return TokenSink(self.sampled(rows), echo, self._echo_slot.device)
+        """`sampled(rows)`, and that row of the pinned `echo` [slots, rows] whose turn it is."""
+        return TokenSink(self.sampled(rows), echo, self._turn)
 
     def remember_sampled(self, seq_ids: list[int]) -> None:
         """Row r of the tokens that are being sampled belongs to seq_ids[r]."""
@@ -116,7 +157,7 @@ class InputBuilder:
     @property
     def positions(self) -> torch.Tensor:
         """Positions of the decode buffers' rows, int64 [max_num_seqs] on the device."""
-        return self._positions.device
+        return self._numbers.device[1]
 
     def _token(self, item: ScheduledSequence) -> int:
         """The token that a decode runs, or where it will be."""

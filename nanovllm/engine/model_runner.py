@@ -82,7 +82,7 @@ class ModelRunner:
         self.num_blocks = self._plan_kv_cache()
         self.caches: KVCaches = self._allocate(self.num_blocks)
         self.sampling = SamplingInputs(config.max_num_seqs, self.inputs.positions, self.device)
-        self._host_tokens = self._pinned_tokens()
+        self._host_tokens, self._echo = self._pinned_tokens(), self._pinned_tokens()  # copied there; sent by graphs
         self._num_launched = 0
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and not config.enforce_eager and self.loaded.backend.graph_safe:
@@ -90,6 +90,7 @@ class ModelRunner:
             self.graphs = DecodeGraphs(self.decode_and_sample, sizes, self.max_model_len, self.loaded.fused_rows)
             with torch.inference_mode():
                 self.graphs.capture(config.show_progress)
+                self.inputs.restart()
 
     # -- start-up ----------------------------------------------------------------------------------------------------
 
@@ -150,16 +151,15 @@ class ModelRunner:
         """Queue one step. Raises whatever the device raises; errors of single requests are in the output."""
         output = StepOutput(token_ids=[])
         seqs = [item.seq for item in batch.scheduled if item.samples]
-        slot = self._num_launched % IN_FLIGHT
-        tokens = self._host_tokens[slot, : len(seqs)]
-        self._num_launched += 1
-        echoed = False
+        echo: torch.Tensor | None = None
         if batch.num_decodes == len(batch.scheduled):
-            result, echoed = self._launch_decodes(batch, seqs, slot)
+            result, echo = self._launch_decodes(batch, seqs)
         else:
             result = self._launch_mixed(batch, seqs, output)
+        tokens = self._host_tokens[self._num_launched % IN_FLIGHT, : len(seqs)] if echo is None else echo
+        self._num_launched += 1
         if result is not None:
-            if not echoed:
+            if echo is None:
                 tokens.copy_(result.token_ids, non_blocking=True)
             self.inputs.remember_sampled([seq.seq_id for seq in seqs])
         done = torch.cuda.Event() if self.device.type == "cuda" else None
@@ -186,23 +186,26 @@ class ModelRunner:
         return output
 
     def _launch_decodes(
-        self, batch: ScheduledBatch, seqs: list[Sequence], slot: int
-    ) -> tuple[SamplerOutput | None, bool]:
+        self, batch: ScheduledBatch, seqs: list[Sequence]
+    ) -> tuple[SamplerOutput | None, torch.Tensor | None]:
         """A step of decodes only: a replayed graph if there is one, the same operations one by one otherwise.
 
-        Also says whether the tokens are on their way to row `slot` of the host's memory: a graph sends them itself.
+        Also returns where on the host the tokens will be, if they are on their way there: a graph sends them itself.
         """
         n = len(seqs)
         size = n if self.graphs is None else self.graphs.size_for(n)
-        inputs = self.inputs.build_decode(batch, size, slot)
+        inputs = self.inputs.build_decode(batch, size)
         rows = [seq.sampling for seq in seqs]
         if self.graphs is None:
-            return self._sample(self._forward_decode(size, inputs), rows, inputs.positions), False
+            self.inputs.send(n)
+            return self._sample(self._forward_decode(size, inputs), rows, inputs.positions), None
         in_graph = self.sampling.fill(rows)
+        slot = self.inputs.publish(n)
         logits = self.graphs.replay(size, inputs.attention.max_context_len)[:n]
+        self.inputs.launched()
         if not in_graph:
-            return self._sample(logits, rows, inputs.positions[:n]), False
-        return self.sampler.score(logits, rows, self.inputs.sampled(n)), True
+            return self._sample(logits, rows, inputs.positions[:n]), None
+        return self.sampler.score(logits, rows, self.inputs.sampled(n)), self._echo[slot, :n]
 
     def _launch_mixed(self, batch: ScheduledBatch, seqs: list[Sequence], output: StepOutput) -> SamplerOutput | None:
         """A step with prefill chunks, operation by operation."""
@@ -229,8 +232,9 @@ class ModelRunner:
 
     def decode_and_sample(self, size: int, max_context: int) -> torch.Tensor:
         """What a graph records: from the token ids of the step before to those of this one. Returns the logits."""
+        self.inputs.fetch(size, max_context)
         logits = self._forward_decode(size, self.inputs.decode_view(size, [max_context] * size))
-        sample_rows(logits, self.sampling.view(size), sink=self.inputs.sink(size, self._host_tokens))
+        sample_rows(logits, self.sampling.view(size), sink=self.inputs.sink(size, self._echo))
         return logits
 
     def _forward_decode(self, size: int, inputs: ForwardBatch) -> torch.Tensor:
@@ -291,6 +295,6 @@ class ModelRunner:
         self.drain()
         self.graphs = None
         self.caches = []
-        del self._host_tokens, self.model, self.loaded, self.inputs, self.sampler, self.sampling
+        del self._host_tokens, self._echo, self.model, self.loaded, self.inputs, self.sampler, self.sampling
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

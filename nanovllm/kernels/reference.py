@@ -192,6 +192,17 @@ def rope_attention(
     return decode_attention(q, k_cache, v_cache, block_table, context_lens, scale, window).flatten(1)
 
 
+def fetch_step_(
+    turn: torch.Tensor, source: tuple[torch.Tensor, ...], target: tuple[torch.Tensor, ...], rows: int, width: int
+) -> None:
+    """See `fetch.fetch_step_`."""
+    slot = int(turn[0])
+    target[0][:, :rows] = source[0][slot, :, :rows]
+    target[1][:rows] = source[1][slot, :rows]
+    target[2][:rows, :width] = source[2][slot, :rows, :width]
+    turn[1] = slot
+
+
 def feed_tokens_(ids: torch.Tensor, sampled: torch.Tensor) -> None:
     """ids [T] int64, in place: every id -1 - r becomes sampled[r]."""
     ids.copy_(torch.where(ids < 0, sampled[(-1 - ids).clamp(min=0)], ids))

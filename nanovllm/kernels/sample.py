@@ -118,10 +118,10 @@ def _chunk_kernel(
 
 @jit()
 def _pick_kernel(
-    best_score, best_index, tokens, echo, echo_slot, echo_stride, splits, BLOCK: tl.constexpr, PDL: tl.constexpr
+    best_score, best_index, tokens, echo, turn, echo_stride, slots, splits, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
     """One program a row: the best of its chunks. tokens: [R] int64; echo: int64 [slots, R] with row stride, in the
-    host's memory, or None; echo_slot: int64 [1]."""
+    host's memory, or None; turn: see `kernels.fetch`."""
     if PDL:
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
@@ -133,7 +133,10 @@ def _pick_kernel(
     token = tl.min(tl.where(score == top, index, 0x7FFFFFFF), axis=0).to(tl.int64)
     tl.store(tokens + row, token)
     if echo is not None:
-        tl.store(echo + tl.load(echo_slot) * echo_stride + row, token)
+        slot = tl.load(turn + 1)
+        tl.store(echo + slot * echo_stride + row, token)
+        if row == 0:
+            tl.store(turn, (slot + 1) % slots)
 
 
 @jit()
@@ -151,7 +154,7 @@ class TokenSink:
 
     tokens: torch.Tensor  # int64 [>= R] on the device; becomes the result
     echo: torch.Tensor | None = None  # int64 [slots, >= R], pinned: the host reads it without asking for a copy
-    echo_slot: torch.Tensor | None = None  # int64 [1] on the device: which row of `echo`
+    turn: torch.Tensor | None = None  # int64 [2] on the device: its second is the row of `echo`; see `kernels.fetch`
 
 
 def sample(
@@ -193,9 +196,9 @@ def sample(
         BLOCK=config.block, PDL=pdl, num_warps=config.num_warps, **dependent,
     )  # fmt: skip
     block = 1 << (config.splits - 1).bit_length()
-    echo_stride = 0 if sink.echo is None else sink.echo.stride(0)
+    slots, echo_stride = (0, 0) if sink.echo is None else (sink.echo.shape[0], sink.echo.stride(0))
     _pick_kernel[(rows,)](
-        best_score, best_index, tokens, sink.echo, sink.echo_slot, echo_stride, config.splits,
+        best_score, best_index, tokens, sink.echo, sink.turn, echo_stride, slots, config.splits,
         BLOCK=block, PDL=pdl, num_warps=1, **dependent,
     )  # fmt: skip
     return tokens
