@@ -216,17 +216,25 @@ def heuristic(problem: Problem, gpu: Gpu) -> FusionConfig:
 
 
 def gemv_config(problem: Problem, gpu: Gpu) -> FusionConfig:
-    """Up to 256 bytes of weight a lane, one program an SM or more.
+    """Warps of 256 or 512 bytes of weight a lane; where N <= K, on the way back to the residual stream, of one row.
 
-    In the decode chain (`chain_config`; H100, Qwen3-0.6B, one row), us for a layer's four linears: as here 13.24; QKV
-    by 4 warps 13.99, by 2 14.32; gate_up by 8 warps 14.6, by 2 13.95; output projection by 8 13.46; down projection by
-    4 14.04. Rows spread over the warps of a program, summed through shared memory, had taken 15.0.
+    What counts is the whole layer of the decode chain, for programs of the next kernels must find room beside these
+    before they may ask for their weights. Layer of Qwen3-0.6B, one row (H100, 2026-11-26), us at contexts 128 / 256 /
+    384 / 4,096, rows by warps: as here (gate_up 8 x 4, output projection 1 x 4) 16.0 / 17.5 / 17.9 / 24.4; the shapes
+    that were best for the linears alone (4 x 1 and 2 x 4) 17.0 / 18.6 / 19.2 / 25.1. QKV of 1 x 8 rows loses 0.6, of
+    4 x 8 0.3, of 4 warps 0.8; the down projection of 2 x 8 1.0. At 256: Llama-3.2-1B 46.9 instead of 47.9 with one row
+    by 4 warps for the down projection, QKV of one row 48.8; Qwen3-4B 76.2 instead of 77.9 with it for the output
+    projection (two rows 75.3), 76.5 for the down projection.
     """
     row = problem.k * problem.element_size
-    rows = 4 if problem.swiglu else 2  # of a warp
-    while rows > (2 if problem.swiglu else 1) and rows * row > 32 * _LANE_BYTES:
+    if problem.swiglu:
+        rows, num_warps, lane = (8, 4, 2 * _LANE_BYTES) if problem.m == 1 else (4, 4, _LANE_BYTES)
+    elif problem.n <= problem.k:
+        rows, num_warps, lane = 1, 4, _LANE_BYTES
+    else:
+        rows, num_warps, lane = 2, 8, _LANE_BYTES
+    while rows > (2 if problem.swiglu else 1) and rows * row > 32 * lane:
         rows //= 2
-    num_warps = 1 if problem.swiglu else 8
     while num_warps > 1 and cdiv(problem.weight_rows, rows * num_warps) < 0.9 * gpu.num_sms:
         num_warps //= 2
     block_k = min(512 // problem.element_size, max(32, next_power_of_2(problem.k)))  # 16 bytes a lane
@@ -236,20 +244,23 @@ def gemv_config(problem: Problem, gpu: Gpu) -> FusionConfig:
 def panel_config(problem: Problem) -> FusionConfig:
     """All of K in flight where a thread's registers hold it; few warps, for their products meet in shared memory.
 
-    In the decode chain (H100, Qwen3-0.6B), us for a layer's four linears: at eight rows 16.4 as here, 17.9 with 16
-    rows of the weight everywhere, 18.7 with 8 warps everywhere; at sixteen 21.4, gate_up with its whole K in flight
-    22.6, tiles for QKV and gate_up 26. Llama-3.2-1B, two to sixteen rows: norm and cuBLAS for gate_up (67 MB) and down
-    (34 MB) 57.2 to 62.3; gate_up as here 52.2 to 57.1, down as here 52.9 to 59.9.
+    As for a GEMV the whole layer counts. Qwen3-0.6B (H100, 2026-11-26), us at context 256: four rows 19.8 as here, QKV
+    of 32 rows by 4 warps 20.7, gate_up of 16 by 2 20.0, output or down projection in two goes 20.8 and 21.6; eight rows
+    21.9, 22.9, 21.8, 22.2, 24.0; sixteen 29.1, QKV with its whole K in flight 29.9. Four linears of Llama-3.2-1B, two
+    to sixteen rows: norm and cuBLAS for gate_up (67 MB) and down (34 MB) 57.2 to 62.3; gate_up as here 52.2 to 57.1,
+    down as here 52.9 to 59.9.
     """
     block_m = max(8, next_power_of_2(problem.m))
     wide, many = problem.weight_rows >= 2048, problem.weight_rows >= 8192
     half = problem.dtype == "float16"  # takes more registers than bfloat16: what just fits there spills here
+    light = wide and not many and not problem.swiglu and problem.k <= 1024  # attention starts beside it: leave room
     block_n, held = 16, 256  # bytes of weight a thread
     if block_m > 8:
         block_n = 16 if wide or problem.swiglu else 8
     elif not many and not (half and problem.k > 1024):
-        block_n, held = (32 if wide and problem.k <= 1024 else 16), 512
-    num_warps = max(4, next_power_of_2(cdiv(block_n * problem.k * problem.element_size, 32 * held)))
+        block_n, held = (32 if wide and problem.k <= 1024 and (half or not light) else 16), 512
+    fewest = 2 if light and block_m == 8 and not half else 4
+    num_warps = max(fewest, next_power_of_2(cdiv(block_n * problem.k * problem.element_size, 32 * held)))
     if num_warps > 8:  # a window of K in flight
         num_warps = 4 if many or block_m > 8 else 8
     elif many and problem.k > 1024:
@@ -258,6 +269,8 @@ def panel_config(problem: Problem) -> FusionConfig:
         num_warps = 2
     while num_warps > 1 and 32 * num_warps >= 2 * problem.k:
         num_warps //= 2
+    if light and block_m > 8:
+        held //= 2
     width = 32 * num_warps
     block_k = max(1, min(cdiv(problem.k, width), held * 32 * num_warps // (block_n * 2 * width))) * width
     return FusionConfig("panel", block_m, block_n, block_k, num_warps)

@@ -135,8 +135,8 @@ def rope_attention_config(
 
     Measured in the decode chain (H100, Triton 3.6.0, Qwen3-0.6B, us a layer at contexts 256 / 384 / 1,024 / 4,096).
     One sequence, 8 warps: up to 16 splits 18.0 / 18.8 / 19.2 / 25.1; 8 splits of 256 keys 19.6 / 21.1 / 21.6 / 27.5; no
-    splits 19.7 / 22.7; 4 warps 18.5 / 19.0 / 19.6 / 26.3. There is room for 16 splits also where the bound allows 4:
-    then a step took 0.637 ms at contexts of 128 to 384, with room for 16 0.621 at 512 to 768. Four, 4 warps, 8 splits:
+    splits 19.7 / 22.7; 4 warps 18.5 / 19.0 / 19.6 / 26.3. There is room for 16 splits also where the bound allows 4: a
+    layer takes 17.5 us instead of 17.9 at 256 (two sequences: 8 splits 18.5, 16 19.0). Four, 4 warps, 8 splits:
     of 128 keys 20.4 / 21.3 / 29.7 / 48.7, of 256 23.0 / 24.2 / 25.9 / 48.5. Sixteen: up to 512 keys no splits, 8 warps
     32.4 / 35.9, 2 splits 32.5 / 37.9; beyond, 4 splits by 4 warps 56.1 / 124.8, tiles of 64 in three stages
     57.4 / 130.4.
@@ -145,7 +145,7 @@ def rope_attention_config(
         return decode_config(num_seqs, num_kv_heads, head_dim, element_size, max_context_len, gpu)
     programs, short = num_seqs * num_kv_heads, max_context_len <= 512
     if programs <= 16:
-        num_warps, most, min_split = 8, 16, 128
+        num_warps, most, min_split = 8, 8 if programs > 8 and short else 16, 128
     elif programs <= 48:
         num_warps, most, min_split = 4, max(8, 256 // programs), 128 if short else 256
     else:
