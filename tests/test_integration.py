@@ -635,6 +635,22 @@ def test_smollm2_bf16_on_real_text() -> None:
     assert agreement >= 0.98 and kl < 1e-3
 
 
+def test_rounding_elsewhere_is_no_reason_to_leave_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels keep the normalised row in float32, the reference body here rounds it: both are right."""
+
+    def unrounded(x: torch.Tensor, weight: torch.Tensor, gamma: torch.Tensor, eps: float, *rest: Any) -> torch.Tensor:
+        row = x.float()
+        y = F.linear(row * torch.rsqrt(row.square().mean(-1, keepdim=True) + eps) * gamma.float(), weight.float())
+        if "swiglu" in rest:
+            gate, up = y.chunk(2, -1)
+            y = F.silu(gate) * up
+        return y.to(x.dtype)
+
+    model, _ = smollm2(torch.bfloat16, "cpu")
+    monkeypatch.setattr(rms_norm_linear_fusion.reference, "rms_norm_linear", unrounded)
+    assert sum(g.fused for g in fuse(model)) == 60
+
+
 # --------------------------------------------------------------------------------------- the kernels, interpreted
 
 
