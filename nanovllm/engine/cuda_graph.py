@@ -1,11 +1,15 @@
-"""Decode steps as CUDA graphs: a step of some 300 launches at 7 µs each becomes one launch of 4 µs.
+"""Steps as CUDA graphs: some 300 launches at 7 to 40 µs each become one launch of 4 µs.
 
-A graph is recorded once per batch size over buffers that never move; a step fills the buffers and replays the
-smallest graph that holds it. Sizes 1 to 16 are exact, since that is where padding would show; then steps of 8.
+A graph is recorded once per size over buffers that never move; a step fills the buffers and replays the smallest graph
+that holds it.
 
-A graph is also recorded for a longest context, for which attention chooses its grid. Fused sizes get a second one for
-short contexts, where a layer is a matter of latency and keys are split no further than they reach:
-`launch_config.rope_attention_config` says into how many.
+Decodes: sizes 1 to 16 are exact, since that is where padding would show; then steps of 8. A graph is also recorded for
+a longest context, for which attention chooses its grid. Fused sizes get a second one for short contexts, where a layer
+is a matter of latency and keys are split no further than they reach: `launch_config.rope_attention_config` says into
+how many.
+
+Steps with prefill: up to 2,048 tokens the host would take longer to launch a step than the device to run it. A graph's
+size is the tokens and the sequences that it has room for. Decodes in such a step are chunks of one token.
 """
 
 from __future__ import annotations
@@ -18,7 +22,12 @@ import torch
 from tqdm.auto import tqdm
 
 SHORT_CONTEXT = 512
-Key = tuple[int, int]  # (rows, longest context)
+Key = tuple[int, int]  # (rows, longest context), or (tokens, sequences)
+CHUNK_SIZES: tuple[Key, ...] = (
+    *((tokens, 1) for tokens in (32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)),
+    *((tokens, 16) for tokens in (64, 128, 256, 512, 1024, 2048)),
+)
+MAX_UNSPLIT_CONTEXT = 8192  # of a decode among chunks, whose keys one program reads: beyond, that would take longer
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -26,36 +35,28 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return sorted({*range(1, min(16, max_num_seqs) + 1), *range(24, max_num_seqs + 1, 8), max_num_seqs})
 
 
-class DecodeGraphs:
-    """One recorded graph per batch size and context range.
+class _Graphs:
+    """Recorded forward passes by key. `forward(*key)` runs on the fixed buffers and returns logits."""
 
-    `forward(size, max_context)` runs a whole decode step on the fixed buffers; it returns logits [size, vocab] and
-    leaves the sampled tokens where the caller wants them. Sizes up to `short_rows` are recorded for short contexts too.
-    """
-
-    def __init__(
-        self, forward: Callable[[int, int], torch.Tensor], sizes: list[int], max_context: int, short_rows: int
-    ) -> None:
+    def __init__(self, forward: Callable[[int, int], torch.Tensor], keys: list[Key]) -> None:
         self._forward = forward
-        self._sizes = sizes
-        self._max_context = max_context
-        self._short_rows = short_rows if max_context > SHORT_CONTEXT else 0
+        self._keys = keys
         self._graphs: dict[Key, torch.cuda.CUDAGraph] = {}
         self._logits: dict[Key, torch.Tensor] = {}
 
-    def capture(self, show_progress: bool) -> None:
-        """Record all of them, the largest first so that the smaller ones fit into its memory pool.
+    def capture(self, what: str, show_progress: bool, pool: Any = None) -> Any:
+        """Record all of them, in the order of the keys: the largest first, so that the others fit into its memory pool.
 
+        Returns the pool, which may be `pool`: graphs that never run at the same time can share one.
         `torch.cuda.graph` would collect garbage and empty the allocator's cache before every single one.
         """
-        keys = [(size, self._max_context) for size in self._sizes[::-1]]
-        keys += [(size, SHORT_CONTEXT) for size in self._sizes[::-1] if size <= self._short_rows]
-        pool: Any = None
         gc.collect()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for key in tqdm(keys, desc="Capturing CUDA graphs", disable=not show_progress, leave=False):
+            for key in tqdm(
+                self._keys, desc=f"Capturing CUDA graphs of {what}", disable=not show_progress, leave=False
+            ):
                 self._forward(*key)  # compiles kernels and fills the caches that a recording must not touch
                 stream.synchronize()
                 graph = torch.cuda.CUDAGraph()
@@ -68,6 +69,49 @@ class DecodeGraphs:
                 self._graphs[key] = graph
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
+        return pool
+
+    def _run(self, key: Key) -> torch.Tensor:
+        """Replay a graph; its logits stay valid until the next replay of any graph of its pool."""
+        self._graphs[key].replay()
+        return self._logits[key]
+
+
+class ChunkGraphs(_Graphs):
+    """Steps with prefill: a graph for each of `CHUNK_SIZES`, within the engine's limits. Logits [sequences, vocab]."""
+
+    def __init__(self, forward: Callable[[int, int], torch.Tensor], max_tokens: int, max_seqs: int) -> None:
+        sizes = {(tokens, min(seqs, max_seqs)) for tokens, seqs in CHUNK_SIZES if tokens <= max_tokens}
+        super().__init__(forward, sorted(sizes, reverse=True))
+
+    def key_for(self, num_tokens: int, num_seqs: int, longest_decode: int) -> Key | None:
+        """The smallest graph with room for a step, whose decodes have contexts up to `longest_decode`; None: none."""
+        if longest_decode > MAX_UNSPLIT_CONTEXT:
+            return None
+        room = [key for key in self._keys if key[0] >= num_tokens and key[1] >= num_seqs]
+        return min(room, default=None)
+
+    def replay(self, key: Key) -> torch.Tensor:
+        """Run the graph of `key`."""
+        return self._run(key)
+
+
+class DecodeGraphs(_Graphs):
+    """One recorded graph per batch size and context range.
+
+    `forward(size, max_context)` runs a whole decode step on the fixed buffers; it returns logits [size, vocab] and
+    leaves the sampled tokens where the caller wants them. Sizes up to `short_rows` are recorded for short contexts too.
+    """
+
+    def __init__(
+        self, forward: Callable[[int, int], torch.Tensor], sizes: list[int], max_context: int, short_rows: int
+    ) -> None:
+        self._sizes = sizes
+        self._max_context = max_context
+        self._short_rows = short_rows if max_context > SHORT_CONTEXT else 0
+        keys = [(size, max_context) for size in sizes[::-1]]
+        keys += [(size, SHORT_CONTEXT) for size in sizes[::-1] if size <= self._short_rows]
+        super().__init__(forward, keys)
 
     def size_for(self, num_seqs: int) -> int:
         """The smallest recorded size that holds `num_seqs` rows."""
@@ -79,7 +123,5 @@ class DecodeGraphs:
         return SHORT_CONTEXT if short else self._max_context
 
     def replay(self, size: int, max_context: int) -> torch.Tensor:
-        """Run the graph of `size` rows, none of a longer context; its logits stay valid until the next replay."""
-        key = (size, self.context_for(size, max_context))
-        self._graphs[key].replay()
-        return self._logits[key]
+        """Run the graph of `size` rows, none of a longer context."""
+        return self._run((size, self.context_for(size, max_context)))

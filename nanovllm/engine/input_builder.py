@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from nanovllm.engine.batch import ScheduledBatch, ScheduledSequence
-from nanovllm.engine.staging import IN_FLIGHT, Staging
+from nanovllm.engine.staging import IN_FLIGHT, Section, Staging
 from nanovllm.kernels.feed import feed_tokens_
 from nanovllm.kernels.fetch import fetch_step_
 from nanovllm.kernels.sample import TokenSink
@@ -166,29 +166,40 @@ class InputBuilder:
 
     # -- steps with prefill ------------------------------------------------------------------------------------------
 
-    def build(self, batch: ScheduledBatch, prompt_lens: bool = False) -> ForwardBatch:
-        """Inputs of any step, packed to their exact size. `prompt_lens`: also what dynamic NTK needs."""
+    def build(
+        self, batch: ScheduledBatch, prompt_lens: bool = False, size: tuple[int, int] | None = None
+    ) -> ForwardBatch:
+        """Inputs of any step. `prompt_lens`: also what dynamic NTK needs.
+
+        They are packed to their exact size, or padded to `size` (tokens, sequences) and then where `chunk_view` of it
+        expects them. Padding tokens have slot -1 and belong to nobody; padding sequences are empty.
+        """
         items, b, t = batch.scheduled, len(batch.scheduled), batch.num_tokens
         width = max(len(item.block_table) for item in items)
-        sections = self.mixed.reserve(
-            [((t,), _I64)] * 3 + [((batch.num_samples,), _I64), ((b + 1,), _I32), ((b,), _I32), ((b, width), _I32)]
-        )
+        if size is None:
+            sections = self._mixed_sections(t, b, batch.num_samples, width)
+        else:
+            sections = self._mixed_sections(size[0], size[1], size[1], self.max_blocks)
         ids, positions, slots, rows, query_start, context_lens, table = (section.host for section in sections)
         query_lens = [item.num_tokens for item in items]
         query_start[0] = 0
-        np.cumsum(query_lens, out=query_start[1:])
-        context_lens[:] = [item.context_len for item in items]
-        table[:] = 0
+        np.cumsum(query_lens, out=query_start[1 : b + 1])
+        context_lens[:b] = [item.context_len for item in items]
+        table[:b, :width] = 0
         for i, item in enumerate(items):
             span = slice(query_start[i], query_start[i + 1])
             ids[span] = item.token_ids if item.start < item.seq.num_tokens else self._token(item)
             positions[span] = item.positions
             slots[span] = item.slots(self.block_size)
             table[i, : len(item.block_table)] = item.block_table
-        rows[:] = [query_start[i + 1] - 1 for i, item in enumerate(items) if item.samples]
+        rows[: batch.num_samples] = [query_start[i + 1] - 1 for i, item in enumerate(items) if item.samples]
+        ids[t:], positions[t:], slots[t:], rows[batch.num_samples :] = 0, 0, -1, 0
+        query_start[b + 1 :], context_lens[b:] = t, 0
         self.mixed.copy(sections[-1].end)
-        ids_d, positions_d, slots_d, rows_d, query_start_d, context_lens_d, table_d = (s.device for s in sections)
+        if size is not None:
+            return self.chunk_view(*size)
         lengths = [item.context_len for item in items]
+        ids_d, positions_d, slots_d, rows_d, query_start_d, context_lens_d, table_d = (s.device for s in sections)
         metadata = AttentionMetadata(
             num_decodes=batch.num_decodes,
             query_start=query_start_d,
@@ -202,6 +213,29 @@ class InputBuilder:
         )
         return ForwardBatch(
             ids_d, positions_d, metadata, rows_d, self._prompt_lens(items, query_lens) if prompt_lens else None
+        )
+
+    def chunk_view(self, tokens: int, seqs: int) -> ForwardBatch:
+        """Where `build` leaves a step of this size: the same memory each time."""
+        sections = self._mixed_sections(tokens, seqs, seqs, self.max_blocks)
+        ids, positions, slots, rows, query_start, context_lens, table = (section.device for section in sections)
+        metadata = AttentionMetadata(
+            num_decodes=0,
+            query_start=query_start,
+            context_lens=context_lens,
+            block_table=table,
+            slot_mapping=slots,
+            max_query_len=tokens,
+            max_context_len=self.max_model_len,
+            query_lens_cpu=[tokens] + [0] * (seqs - 1),
+            context_lens_cpu=[self.max_model_len] * seqs,
+        )
+        return ForwardBatch(ids, positions, metadata, rows)
+
+    def _mixed_sections(self, tokens: int, seqs: int, samples: int, width: int) -> list[Section]:
+        """Token ids, positions, slots, rows of logits, query starts, context lengths, block table."""
+        return self.mixed.reserve(
+            [((tokens,), _I64)] * 3 + [((samples,), _I64), ((seqs + 1,), _I32), ((seqs,), _I32), ((seqs, width), _I32)]
         )
 
     def _prompt_lens(self, items: tuple[ScheduledSequence, ...], query_lens: list[int]) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.batch import ScheduledBatch
-from nanovllm.engine.cuda_graph import DecodeGraphs, graph_sizes
+from nanovllm.engine.cuda_graph import ChunkGraphs, DecodeGraphs, graph_sizes
 from nanovllm.engine.input_builder import InputBuilder
 from nanovllm.engine.kv_cache import allocate_kv_caches, kv_block_bytes, measure_cuda_memory, num_kv_blocks
 from nanovllm.engine.loading import LoadedModel, load_model
@@ -85,12 +85,9 @@ class ModelRunner:
         self._host_tokens, self._echo = self._pinned_tokens(), self._pinned_tokens()  # copied there; sent by graphs
         self._num_launched = 0
         self.graphs: DecodeGraphs | None = None
+        self.chunk_graphs: ChunkGraphs | None = None
         if self.device.type == "cuda" and not config.enforce_eager and self.loaded.backend.graph_safe:
-            sizes = graph_sizes(config.max_num_seqs)
-            self.graphs = DecodeGraphs(self.decode_and_sample, sizes, self.max_model_len, self.loaded.fused_rows)
-            with torch.inference_mode():
-                self.graphs.capture(config.show_progress)
-                self.inputs.restart()
+            self._record_graphs()
 
     # -- start-up ----------------------------------------------------------------------------------------------------
 
@@ -113,6 +110,16 @@ class ModelRunner:
         return allocate_kv_caches(
             self.model_config, num_blocks, config.kvcache_block_size, self.dtype, self.device, tp.world_size
         )
+
+    @torch.inference_mode()
+    def _record_graphs(self) -> None:
+        config = self.config
+        sizes = graph_sizes(config.max_num_seqs)
+        self.graphs = DecodeGraphs(self.decode_and_sample, sizes, self.max_model_len, self.loaded.fused_rows)
+        pool = self.graphs.capture("decodes", config.show_progress)
+        self.inputs.restart()
+        self.chunk_graphs = ChunkGraphs(self.forward_chunks, self.token_budget, config.max_num_seqs)
+        self.chunk_graphs.capture("prefill", config.show_progress, pool)
 
     @torch.inference_mode()
     def _profile(self) -> None:
@@ -208,21 +215,35 @@ class ModelRunner:
         return self.sampler.score(logits, rows, self.inputs.sampled(n)), self._echo[slot, :n]
 
     def _launch_mixed(self, batch: ScheduledBatch, seqs: list[Sequence], output: StepOutput) -> SamplerOutput | None:
-        """A step with prefill chunks, operation by operation."""
+        """A step with prefill chunks: a replayed graph if one is large enough, operation by operation otherwise."""
         rotary = self.model.model.rotary
         lens = any(rotary.needs_prompt_lens(item.seq.num_prompt_tokens) for item in batch.scheduled)
-        inputs = self.inputs.build(batch, prompt_lens=lens)
-        self.inputs.feed(inputs.input_ids)
-        if any(item.scores_prompt for item in batch.scheduled):
-            hidden = self.model(inputs.with_all_rows(), self.caches)
-            self._score_prompts(batch, hidden, output)
-            hidden = hidden[inputs.logits_rows]
+        scores = any(item.scores_prompt for item in batch.scheduled)
+        size = None
+        if self.chunk_graphs is not None and not lens and not scores:
+            longest = max((item.context_len for item in batch.scheduled[: batch.num_decodes]), default=0)
+            size = self.chunk_graphs.key_for(batch.num_tokens, len(batch.scheduled), longest)
+        inputs = self.inputs.build(batch, prompt_lens=lens, size=size)
+        if self.chunk_graphs is not None and size is not None:
+            logits = self.chunk_graphs.replay(size)
         else:
-            hidden = self.model(inputs, self.caches)
+            self.inputs.feed(inputs.input_ids)
+            hidden = self.model(inputs.with_all_rows() if scores else inputs, self.caches)
+            if scores:
+                self._score_prompts(batch, hidden, output)
+                hidden = hidden[inputs.logits_rows]
+            logits = self.model.compute_logits(hidden) if seqs else hidden
         if not seqs:
             return None
-        positions = inputs.positions[inputs.logits_rows]
-        return self._sample(self.model.compute_logits(hidden), [seq.sampling for seq in seqs], positions)
+        n = len(seqs)
+        positions = inputs.positions[inputs.logits_rows][:n]
+        return self._sample(logits[:n], [seq.sampling for seq in seqs], positions)
+
+    def forward_chunks(self, tokens: int, seqs: int) -> torch.Tensor:
+        """What a graph of a step with prefill records: logits [seqs, vocab], of the tokens that `logits_rows` names."""
+        inputs = self.inputs.chunk_view(tokens, seqs)
+        self.inputs.feed(inputs.input_ids)
+        return self.model.compute_logits(self.model(inputs, self.caches))
 
     def _sample(self, logits: torch.Tensor, rows: list[SamplingRow], positions: torch.Tensor) -> SamplerOutput:
         """Sample outside a graph, and leave the tokens where the next step looks for them."""
@@ -293,7 +314,7 @@ class ModelRunner:
     def close(self) -> None:
         """Drop everything on the device; the runner cannot be used afterwards."""
         self.drain()
-        self.graphs = None
+        self.graphs = self.chunk_graphs = None
         self.caches = []
         del self._host_tokens, self._echo, self.model, self.loaded, self.inputs, self.sampler, self.sampling
         if self.device.type == "cuda":

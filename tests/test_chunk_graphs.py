@@ -1,0 +1,80 @@
+"""Steps with prefill in graphs: which graph a step takes, and that padded steps say what exact ones say.
+
+A stand-in runs what a graph would have recorded, so that all but the recording is tested without a GPU;
+`tests/test_gpu_engine.py` runs the graphs themselves.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_decode_chain import OPTIONS
+from tiny_models import save_model
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine import cuda_graph
+from nanovllm.engine.cuda_graph import CHUNK_SIZES, MAX_UNSPLIT_CONTEXT, ChunkGraphs, Key
+
+
+class Unrecorded(ChunkGraphs):
+    """Runs each pass when it is asked for, and keeps a list of them."""
+
+    used: list[Key]
+
+    def replay(self, key: Key) -> torch.Tensor:
+        self.used.append(key)
+        return self._forward(*key)
+
+
+def forward(tokens: int, seqs: int) -> torch.Tensor:
+    raise AssertionError("choosing a graph runs nothing")
+
+
+def test_a_step_takes_the_smallest_graph_with_room() -> None:
+    graphs = ChunkGraphs(forward, 8192, 256)
+    assert graphs.key_for(1, 1, 0) == (32, 1)
+    assert graphs.key_for(32, 1, 0) == (32, 1)
+    assert graphs.key_for(33, 1, 0) == (64, 1)
+    assert graphs.key_for(33, 2, 5) == (64, 16)
+    assert graphs.key_for(300, 16, 5) == (512, 16)
+    assert graphs.key_for(2048, 16, MAX_UNSPLIT_CONTEXT) == (2048, 16)
+    for step in ((2049, 1, 0), (40, 17, 0), (40, 2, MAX_UNSPLIT_CONTEXT + 1)):
+        assert graphs.key_for(*step) is None
+
+
+def test_graphs_stay_within_the_engines_limits() -> None:
+    assert {key for tokens in (32, 64, 128) for key in [ChunkGraphs(forward, 130, 4).key_for(tokens, 4, 0)]} == {
+        (64, 4), (128, 4)
+    }  # fmt: skip
+    assert ChunkGraphs(forward, 130, 4).key_for(131, 1, 0) is None
+    assert ChunkGraphs(forward, 16, 1).key_for(1, 1, 0) is None
+    assert all(seqs <= 16 for _, seqs in CHUNK_SIZES)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("kind", ["qwen3_tied", "mistral"])
+def test_padded_steps_say_what_exact_ones_say(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunked prompts beside decodes, chunks that sample nothing, prefix hits, padding tokens and padding sequences."""
+    save_model(kind, tmp_path)
+    monkeypatch.setattr(cuda_graph, "CHUNK_SIZES", ((8, 1), (16, 1), (8, 4), (16, 4)))
+    options: dict[str, Any] = {**OPTIONS, "max_num_batched_tokens": 16, "fusion": "off"}
+    shared = list(range(3, 20))
+    prompts = [[5, 6, 7], shared, shared + [30, 31], list(range(40, 70))]
+    greedy = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, logprobs=3)
+    results, used = [], []
+    for padded in (False, True):
+        with LLM(str(tmp_path), **options) as llm:
+            runner = llm.engine.runner
+            if padded:
+                runner.chunk_graphs = Unrecorded(runner.forward_chunks, 16, 4)
+                runner.chunk_graphs.used = used
+            alone = llm.generate(prompts[3], greedy, use_tqdm=False)
+            results.append(alone + llm.generate(prompts, greedy, use_tqdm=False))
+    assert {(16, 1), (16, 4)} <= set(used)
+    for exact, ours in zip(*results, strict=True):
+        assert ours.error is None and ours["token_ids"] == exact["token_ids"]
+        for left, right in zip(ours.outputs[0].logprobs, exact.outputs[0].logprobs, strict=True):
+            assert all(left[t].logprob == pytest.approx(right[t].logprob, abs=1e-5) for t in left.keys() & right)
