@@ -8,12 +8,13 @@ a longest context, for which attention chooses its grid. Fused sizes get a secon
 is a matter of latency and keys are split no further than they reach: `launch_config.rope_attention_config` says into
 how many.
 
-Steps with prefill: up to 2,048 tokens the host would take longer to launch a step than the device to run it. A graph's
-size is the tokens and the sequences that it has room for. Decodes in such a step are chunks of one token.
+Steps with prefill: up to some thousand tokens the host would take longer to launch a step than the device to run it.
+A graph's size is the tokens and the sequences that it has room for. Decodes in such a step are chunks of one token.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,7 @@ from tqdm.auto import tqdm
 SHORT_CONTEXT = 512
 Key = tuple[int, int]  # (rows, longest context), or (tokens, sequences)
 CHUNK_SIZES: tuple[Key, ...] = (
-    *((tokens, 1) for tokens in (32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)),
+    *((tokens, 1) for tokens in (32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)),
     *((tokens, 16) for tokens in (64, 128, 256, 512, 1024, 2048)),
 )
 MAX_UNSPLIT_CONTEXT = 8192  # of a decode among chunks, whose keys one program reads: beyond, that would take longer
@@ -33,6 +34,12 @@ MAX_UNSPLIT_CONTEXT = 8192  # of a decode among chunks, whose keys one program r
 def graph_sizes(max_num_seqs: int) -> list[int]:
     """Batch sizes to record: 1, 2, …, 16, 24, 32, … and `max_num_seqs` itself."""
     return sorted({*range(1, min(16, max_num_seqs) + 1), *range(24, max_num_seqs + 1, 8), max_num_seqs})
+
+
+@functools.cache
+def _recording_stream(device: int) -> torch.cuda.Stream:
+    """One for all engines: cuBLAS keeps a workspace of 32 MiB for every stream that it was ever used on."""
+    return torch.cuda.Stream(device)
 
 
 class _Graphs:
@@ -51,7 +58,7 @@ class _Graphs:
         `torch.cuda.graph` would collect garbage and empty the allocator's cache before every single one.
         """
         gc.collect()
-        stream = torch.cuda.Stream()
+        stream = _recording_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for key in tqdm(
