@@ -13,6 +13,7 @@ A row's sums are added in the same order whatever rows are beside it, as long as
 
 Vectors are GCC's extension, which clang has too: no intrinsics, any CPU. OpenMP's threads are those of PyTorch. */
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -23,11 +24,18 @@ Vectors are GCC's extension, which clang has too: no intrinsics, any CPU. OpenMP
 #endif
 
 enum { DOT_ROWS = 4, DOT_COLS = 3 };                          /* weight rows and rows of x in a block of dots */
-enum { PANEL_ROWS = 6, PANEL = 2 * LANES, PANEL_STEPS = 256 }; /* the same of panels; steps along k between stores */
-enum { MIN_TILE = 64, MAX_TILE = 128, TILE_FLOATS = 98304 }; /* rows of x taken at a time: half an L2 cache */
+enum { PANEL_ROWS = 6, PANEL = 2 * LANES, PANEL_STEPS = 768 }; /* the same of panels; steps along k between stores */
+enum { MIN_FEW = 64, MAX_FEW = 128, FEW_FLOATS = 98304 };     /* rows of x that are few: within half an L2 cache */
+enum { MAX_TILE = 64, MAX_CHUNK = 512 };                      /* weight rows and rows of x taken at a time when many */
 enum { QUERIES = 48, MAX_PAGE = 64, MAX_DIM = 256 };          /* of attention; `native.py` refuses more */
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
+#ifdef __clang__
+#define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__) /* elements of a and b, which count from 0 and 4 */
+#else
+#define MIX(a, b, ...) __builtin_shuffle(a, b, (int __attribute__((vector_size(16)))){__VA_ARGS__})
+#endif
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 /* Keeps a loaded vector in its register; else GCC reads it from memory again for every product. */
@@ -42,7 +50,6 @@ INLINE vec load(const float *p) { return *(const vec *)p; }
 INLINE void store(float *p, vec v) { *(vec *)p = v; }
 
 INLINE float sum_of(vec v) {
-    typedef float quad __attribute__((vector_size(16)));
     union { vec v; quad q[LANES / 4]; } parts = {v};
     quad q = parts.q[0];
     UNROLL for (int i = 1; i < LANES / 4; i++) q += parts.q[i];
@@ -68,6 +75,8 @@ INLINE float exp_(float x) {
     memcpy(&scale, &bits, 4);
     return p * scale;
 }
+
+INLINE float silu(float x) { return x / (1.0f + exp_(-x)); }
 
 /* ----------------------------------------------------------------------------------------------------- products */
 
@@ -173,45 +182,55 @@ INLINE void rms_norm(float *y, const float *x, const float *gamma, float eps, in
     for (int64_t i = 0; i < k; i++) y[i] = x[i] * scale * gamma[i];
 }
 
-/* Up to PANEL rows of x, normalised if there is a gamma, as a panel [k, PANEL]; its padding is finite. */
-static void pack(float *panel, const float *x, const float *gamma, float eps, int64_t m, int64_t k) {
+/* Steps from ... to - 1 along k of up to PANEL rows of x, normalised if there is a gamma, as a panel [k, PANEL]; its
+   padding repeats the last row. Vectors of four along k are turned four at a time. */
+static void pack(float *panel, const float *x, const float *gamma, float eps, int64_t m, int64_t k, int64_t from,
+                 int64_t to) {
     const float *row[PANEL];
     float scale[PANEL];
     for (int64_t c = 0; c < PANEL; c++) {
         row[c] = x + min(c, m - 1) * k;
-        scale[c] = gamma ? rms_scale(row[c], eps, k) : 1.0f;
+        scale[c] = !gamma ? 1.0f : c < m ? rms_scale(row[c], eps, k) : scale[m - 1];
     }
-    for (int64_t i = 0; i < k; i++) {
-        float weight = gamma ? gamma[i] : 1.0f;
-        UNROLL for (int64_t c = 0; c < PANEL; c++) panel[i * PANEL + c] = row[c][i] * scale[c] * weight;
-    }
+    int64_t i = from;
+    for (; i + 4 <= to; i += 4)
+        for (int64_t c = 0; c < PANEL; c += 4) {
+            quad q[4];
+            UNROLL for (int r = 0; r < 4; r++) {
+                q[r] = *(const quad *)(row[c + r] + i);
+                if (gamma) q[r] = q[r] * scale[c + r] * *(const quad *)(gamma + i);
+            }
+            quad low0 = MIX(q[0], q[1], 0, 4, 1, 5), low1 = MIX(q[2], q[3], 0, 4, 1, 5);
+            quad high0 = MIX(q[0], q[1], 2, 6, 3, 7), high1 = MIX(q[2], q[3], 2, 6, 3, 7);
+            quad *out = (quad *)(panel + i * PANEL + c);
+            out[0] = MIX(low0, low1, 0, 1, 4, 5), out[PANEL / 4] = MIX(low0, low1, 2, 3, 6, 7);
+            out[PANEL / 2] = MIX(high0, high1, 0, 1, 4, 5), out[PANEL / 4 * 3] = MIX(high0, high1, 2, 3, 6, 7);
+        }
+    for (; i < to; i++)
+        for (int64_t c = 0; c < PANEL; c++) panel[i * PANEL + c] = gamma ? row[c][i] * scale[c] * gamma[i] : row[c][i];
 }
 
-/* y [m, n] = act(norm(x) w^T + bias), or added to y. x: [m, k]; w: [n, k], with swiglu [2 n, k], gate rows first;
-   gamma: [k], or none for no norm; bias: one a row of w, or none; scratch: k floats for each of MAX_TILE rows, or for m
-   rows and a panel's padding. With swiglu, half the rows of a block are gate rows, the others their up rows. */
-void linear(float *y, const float *x, const float *w, const float *gamma, float eps, const float *bias, float *scratch,
-            int64_t m, int64_t n, int64_t k, int32_t swiglu, int32_t add) {
-    int64_t fit = TILE_FLOATS / k / PANEL * PANEL, tile = fit < MIN_TILE ? MIN_TILE : min(fit, MAX_TILE);
+/* A linear layer of few rows, up to MAX_FEW: x in scratch, and a thread reads its weight rows once. */
+static void few(float *y, const float *x, const float *w, const float *gamma, float eps, const float *bias,
+                float *scratch, int64_t m, int64_t n, int64_t k, int32_t swiglu, int32_t add, int64_t threads) {
     int wide = in_panels(m), height = wide ? PANEL_ROWS : DOT_ROWS, width = swiglu ? height / 2 : height;
     int64_t blocks = (n + width - 1) / width;
-#pragma omp parallel
-    for (int64_t first = 0; first < m; first += tile) {
-        int64_t count = min(m - first, tile);
-        const float *rows = x + first * k, *xs = wide || gamma ? scratch : rows;
-        if (first) { /* the rows before may still be read */
-#pragma omp barrier
-        }
+    const float *xs = wide || gamma ? scratch : x;
+#pragma omp parallel num_threads(threads)
+    {
         if (wide) {
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < count; i += PANEL) pack(scratch + i * k, rows + i * k, gamma, eps, count - i, k);
+#pragma omp for collapse(2) schedule(static)
+            for (int64_t i = 0; i < m; i += PANEL)
+                for (int64_t part = 0; part < threads; part++)
+                    pack(scratch + i * k, x + i * k, gamma, eps, min(m - i, PANEL), k, k * part / threads,
+                         k * (part + 1) / threads);
         } else if (gamma) {
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < count; i++) rms_norm(scratch + i * k, rows + i * k, gamma, eps, k);
+            for (int64_t i = 0; i < m; i++) rms_norm(scratch + i * k, x + i * k, gamma, eps, k);
         }
 #pragma omp for schedule(static) nowait
         for (int64_t b = 0; b < blocks; b++) {
-            float sums[PANEL_ROWS][MAX_TILE];
+            float sums[PANEL_ROWS][MAX_FEW];
             const float *ws[PANEL_ROWS];
             int64_t j = b * width, valid = min(n - j, width), row[PANEL_ROWS];
             for (int r = 0; r < height; r++) { /* behind the last row, that one again */
@@ -220,23 +239,77 @@ void linear(float *y, const float *x, const float *w, const float *gamma, float 
             }
             const float *next[2] = {ws[0] + width * k, ws[2] + width * k};
             if (wide)
-                panels(ws, xs, count, k, sums[0], MAX_TILE, width * k);
+                panels(ws, xs, m, k, sums[0], MAX_FEW, width * k);
             else
-                dots(ws, xs, count, k, sums[0], MAX_TILE, next);
+                dots(ws, xs, m, k, sums[0], MAX_FEW, next);
             if (bias)
                 for (int r = 0; r < height; r++)
-                    for (int64_t i = 0; i < count; i++) sums[r][i] += bias[row[r]];
+                    for (int64_t i = 0; i < m; i++) sums[r][i] += bias[row[r]];
             if (swiglu)
                 for (int r = 0; r < width; r++)
-                    for (int64_t i = 0; i < count; i++)
-                        sums[r][i] *= sums[r + width][i] / (1.0f + exp_(-sums[r][i]));
-            for (int64_t i = 0; i < count; i++)
+                    for (int64_t i = 0; i < m; i++) sums[r][i] = silu(sums[r][i]) * sums[r + width][i];
+            for (int64_t i = 0; i < m; i++)
                 for (int64_t r = 0; r < valid; r++) {
-                    float *out = y + (first + i) * n + j + r;
+                    float *out = y + i * n + j + r;
                     *out = sums[r][i] + (add ? *out : 0.0f);
                 }
         }
     }
+}
+
+/* A linear layer of many rows: a thread packs a tile of weight rows at a time and multiplies them with blocks of rows of x,
+   so that the sums lie as y does. */
+static void many(float *y, const float *x, const float *w, const float *gamma, float eps, const float *bias,
+                 float *scratch, int64_t m, int64_t n, int64_t k, int32_t swiglu, int32_t add, int64_t threads) {
+    int64_t tile = MAX_TILE * k > FEW_FLOATS ? 2 * PANEL : MAX_TILE, width = swiglu ? tile / 2 : tile;
+    int64_t tiles = (n + width - 1) / width;
+    int64_t chunks = (m + MAX_CHUNK - 1) / MAX_CHUNK, chunk = (m + chunks - 1) / chunks;
+    const float *xs = gamma ? scratch : x;
+    float *packs = gamma ? scratch + m * k : scratch;
+#pragma omp parallel num_threads(threads)
+    {
+        if (gamma) {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < m; i++) rms_norm(scratch + i * k, x + i * k, gamma, eps, k);
+        }
+        float *packed = packs + omp_get_thread_num() * tile * k, sums[PANEL_ROWS][MAX_TILE];
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t t = 0; t < tiles; t++)
+            for (int64_t part = 0; part < chunks; part++) {
+                int64_t j = t * width, valid = min(n - j, width), end = min((part + 1) * chunk, m);
+                for (int64_t c = 0; c < tile; c += PANEL) { /* with swiglu the second half are up rows */
+                    int64_t up = c / width, at = c % width;
+                    if (at < valid)
+                        pack(packed + c * k, w + (up * n + j + at) * k, 0, 0.0f, min(valid - at, PANEL), k, 0, k);
+                }
+                for (int64_t i = part * chunk; i < end; i += PANEL_ROWS) {
+                    int64_t count = min(end - i, PANEL_ROWS);
+                    const float *rows[PANEL_ROWS];
+                    for (int r = 0; r < PANEL_ROWS; r++) rows[r] = xs + (i + min(r, count - 1)) * k;
+                    panels(rows, packed, tile, k, sums[0], MAX_TILE, PANEL_ROWS * k);
+                    for (int64_t r = 0; r < count; r++) {
+                        float *sum = sums[r], *out = y + (i + r) * n + j;
+                        if (bias)
+                            for (int64_t c = 0; c < valid; c++) {
+                                sum[c] += bias[j + c];
+                                if (swiglu) sum[width + c] += bias[n + j + c];
+                            }
+                        if (swiglu)
+                            for (int64_t c = 0; c < valid; c++) sum[c] = silu(sum[c]) * sum[width + c];
+                        for (int64_t c = 0; c < valid; c++) out[c] = add ? out[c] + sum[c] : sum[c];
+                    }
+                }
+            }
+    }
+}
+
+/* y [m, n] = act(norm(x) w^T + bias), or added to y. x: [m, k]; w: [n, k], with swiglu [2 n, k], gate rows first;
+   gamma: [k], or none for no norm; bias: one a row of w, or none; scratch: `native.py` knows its size. With swiglu, half
+   the rows of a block are gate rows, the others their up rows. */
+void linear(float *y, const float *x, const float *w, const float *gamma, float eps, const float *bias, float *scratch,
+            int64_t m, int64_t n, int64_t k, int32_t swiglu, int32_t add, int64_t threads) {
+    int64_t limit = FEW_FLOATS / k < MIN_FEW ? MIN_FEW : min(FEW_FLOATS / k, MAX_FEW);
+    (m > limit ? many : few)(y, x, w, gamma, eps, bias, scratch, m, n, k, swiglu, add, threads);
 }
 
 /* ---------------------------------------------------------------------------------------------------- attention */
@@ -327,7 +400,8 @@ static void attend(float *out, const float *q, int64_t stride, const float *k_ca
         best[r] = -INFINITY, total[r] = 0.0f;
     }
     if (wide)
-        for (int64_t r = 0; r < count; r += PANEL) pack(packed + r * dim, rows + r * dim, 0, 0.0f, count - r, dim);
+        for (int64_t r = 0; r < count; r += PANEL) 
+            pack(packed + r * dim, rows + r * dim, 0, 0.0f, min(count - r, PANEL), dim, 0, dim);
     memset(acc, 0, (size_t)(count * dim) * sizeof(float));
     for (int64_t at = first >= window ? first - window + 1 : 0, keys; at < end; at += keys) {
         keys = min(page - at % page, end - at);

@@ -26,7 +26,8 @@ from nanovllm.kernels.jit import interpreting
 
 logger = logging.getLogger(__name__)
 
-MAX_GROUP, MAX_DIM, MAX_TILE, PADDING = 48, 256, 128, 31  # QUERIES, MAX_DIM, MAX_TILE, PANEL - 1 of native.c, at most
+MAX_GROUP, MAX_DIM = 48, 256  # QUERIES and MAX_DIM of native.c
+MIN_FEW, MAX_FEW, MAX_TILE, PADDING = 64, 128, 64, 31  # the same of its linear layers; PADDING is PANEL - 1, at most
 _ALL_KEYS = 2**31  # as a window
 _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = (
@@ -36,7 +37,7 @@ _FLAGS = (
 _TIMEOUT_S = 120.0
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
 _SIGNATURES = {
-    "linear": (_POINTER,) * 4 + (_FLOAT,) + (_POINTER,) * 2 + (_LONG,) * 3 + (_INT,) * 2,
+    "linear": (_POINTER,) * 4 + (_FLOAT,) + (_POINTER,) * 2 + (_LONG,) * 3 + (_INT,) * 2 + (_LONG,),
     "rope_store": (_POINTER,) * 6 + (_FLOAT,) + (_POINTER,) * 3 + (_LONG,) * 5,
     "attention": (_POINTER,) * 7 + (_LONG,) * 6 + (_FLOAT, _LONG),
     "lanes": (),
@@ -181,10 +182,12 @@ def _linear(
 ) -> None:  # fmt: skip
     k = weight.shape[1]
     m, n = x.numel() // k, y.shape[-1]
-    scratch = x.new_empty(min(m + PADDING, MAX_TILE) * k)
+    threads = torch.get_num_threads()
+    rows = m + PADDING if m <= MAX_FEW else 0 if norm_weight is None else m
+    scratch = x.new_empty((rows + MAX_TILE * threads * (m > MIN_FEW)) * k)
     library().linear(
         y.data_ptr(), x.data_ptr(), weight.data_ptr(), _address(norm_weight), eps, _address(bias), scratch.data_ptr(),
-        m, n, k, swiglu, add,
+        m, n, k, swiglu, add, threads,
     )  # fmt: skip
 
 
