@@ -30,6 +30,7 @@ enum { MAX_TILE = 64, MAX_CHUNK = 512 };                      /* weight rows and
 enum { QUERIES = 48, MAX_PAGE = 64, MAX_DIM = 256 };          /* of attention; `native.py` refuses more */
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t lanes_of_bits __attribute__((vector_size(LANES * 4)));
 typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
 #ifdef __clang__
 #define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__) /* elements of a and b, which count from 0 and 4 */
@@ -56,27 +57,32 @@ INLINE float sum_of(vec v) {
     return (q[0] + q[2]) + (q[1] + q[3]);
 }
 
-/* e to the x, off by at most 2 units in the last place; x is cut to -87 ... 88 (Cephes' polynomial). NaN stays NaN. */
-INLINE float exp_(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f; /* rounds: 1.5 * 2^23 has no fraction */
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
+INLINE vec pick(lanes_of_bits mask, vec a, vec b) { return (vec)((mask & (lanes_of_bits)a) | (~mask & (lanes_of_bits)b)); }
+INLINE vec max_of(vec a, vec b) { return pick(a > b, a, b); }
+
+/* e to the x, off by at most 2 units in the last place; 0 below -87, x is cut to 88 (Cephes' polynomial). NaN stays. */
+INLINE vec exp_(vec x) {
+    lanes_of_bits zero = x < -87.0f;
+    x = pick(zero, (vec){0}, pick(x > 88.0f, (vec){0} + 88.0f, x));
+    vec shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f; /* rounds: 1.5 * 2^23 has no fraction */
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    uint32_t bits;
-    memcpy(&bits, &shifted, 4);
-    bits = (bits << 23) + 0x3f800000u; /* 2^n */
-    float scale;
-    memcpy(&scale, &bits, 4);
-    return p * scale;
+    vec power = (vec)(((lanes_of_bits)shifted << 23) + 0x3f800000); /* 2^n */
+    return (vec)(~zero & (lanes_of_bits)(p * power));
 }
 
-INLINE float silu(float x) { return x / (1.0f + exp_(-x)); }
+/* gate = silu(gate) * up, n of each and what else is in the last vector. */
+INLINE void swiglu_(float *gate, const float *up, int64_t n) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec g = load(gate + i);
+        store(gate + i, g / (1.0f + exp_(-g)) * load(up + i));
+    }
+}
 
 /* ----------------------------------------------------------------------------------------------------- products */
 
@@ -246,8 +252,7 @@ static void few(float *y, const float *x, const float *w, const float *gamma, fl
                 for (int r = 0; r < height; r++)
                     for (int64_t i = 0; i < m; i++) sums[r][i] += bias[row[r]];
             if (swiglu)
-                for (int r = 0; r < width; r++)
-                    for (int64_t i = 0; i < m; i++) sums[r][i] = silu(sums[r][i]) * sums[r + width][i];
+                for (int r = 0; r < width; r++) swiglu_(sums[r], sums[r + width], m);
             for (int64_t i = 0; i < m; i++)
                 for (int64_t r = 0; r < valid; r++) {
                     float *out = y + i * n + j + r;
@@ -294,8 +299,7 @@ static void many(float *y, const float *x, const float *w, const float *gamma, f
                                 sum[c] += bias[j + c];
                                 if (swiglu) sum[width + c] += bias[n + j + c];
                             }
-                        if (swiglu)
-                            for (int64_t c = 0; c < valid; c++) sum[c] = silu(sum[c]) * sum[width + c];
+                        if (swiglu) swiglu_(sum, sum + width, valid);
                         for (int64_t c = 0; c < valid; c++) out[c] = add ? out[c] + sum[c] : sum[c];
                     }
                 }
@@ -342,32 +346,38 @@ void rope_store(float *q, float *k_cache, float *v_cache, const float *qkv, cons
     }
 }
 
-/* acc[c] = acc[c] * fade[c] + p[c] . v for `cols` queries, `keys` rows of v and `width` vectors of a row, while the
-   same number of vectors from `next` on come into the cache. */
-INLINE void weigh_block(const int cols, const int width, float *acc, const float (*p)[MAX_PAGE], const float *v,
+/* acc[c] = acc[c] * fade[c] + sum over t of p[t][c] v[t], for `cols` queries, `keys` rows of v and `width` vectors of a
+   row, while the same number of vectors from `next` on come into the cache. */
+INLINE void weigh_block(const int cols, const int width, float *acc, const float (*p)[QUERIES], const float *v,
                         const float *fade, int64_t keys, int64_t dim, const float *next) {
-    vec sums[DOT_COLS][2];
+    vec sums[2 * DOT_COLS][4];
     UNROLL for (int c = 0; c < cols; c++)
         UNROLL for (int i = 0; i < width; i++) sums[c][i] = load(acc + c * dim + i * LANES) * fade[c];
     for (int64_t t = 0; t < keys; t++) {
-        __builtin_prefetch(next + t * width * LANES);
+        UNROLL for (int i = 0; i < width; i += 2) __builtin_prefetch(next + (t * width + i) * LANES);
+        vec values[4];
         UNROLL for (int i = 0; i < width; i++) {
-            vec value = load(v + t * dim + i * LANES);
-            KEEP(value);
-            UNROLL for (int c = 0; c < cols; c++) sums[c][i] += value * p[c][t];
+            values[i] = load(v + t * dim + i * LANES);
+            KEEP(values[i]);
+        }
+        UNROLL for (int c = 0; c < cols; c++) {
+            vec weight = p[t][c] - (vec){0};
+            KEEP(weight);
+            UNROLL for (int i = 0; i < width; i++) sums[c][i] += weight * values[i];
         }
     }
     UNROLL for (int c = 0; c < cols; c++)
         UNROLL for (int i = 0; i < width; i++) store(acc + c * dim + i * LANES, sums[c][i]);
 }
 
-/* The same for whole rows of v, dim floats. */
-INLINE void weigh(const int cols, float *acc, const float (*p)[MAX_PAGE], const float *v, const float *fade,
+/* The same for whole rows of v, dim floats: 12 vectors of sums at a time if there are as many. */
+INLINE void weigh(const int cols, float *acc, const float (*p)[QUERIES], const float *v, const float *fade,
                   int64_t keys, int64_t dim, const float *next) {
+    const int width = cols > DOT_COLS ? 2 : 4;
     int64_t d = 0;
-    for (; d + 2 * LANES <= dim; d += 2 * LANES)
-        weigh_block(cols, 2, acc + d, p, v + d, fade, keys, dim, next + d * keys);
-    if (d < dim) weigh_block(cols, 1, acc + d, p, v + d, fade, keys, dim, next + d * keys);
+    for (; d + width * LANES <= dim; d += width * LANES)
+        weigh_block(cols, width, acc + d, p, v + d, fade, keys, dim, next + d * keys);
+    for (; d < dim; d += LANES) weigh_block(cols, 1, acc + d, p, v + d, fade, keys, dim, next + d * keys);
 }
 
 /* scores[t][r] = k[t] . query[r] for `keys` rows of k. The queries lie in rows, and v comes into the cache; or, when
@@ -390,15 +400,15 @@ INLINE void score(float (*scores)[QUERIES], const float *query, int64_t count, i
 static void attend(float *out, const float *q, int64_t stride, const float *k_cache, const float *v_cache,
                    const int32_t *pages, int64_t first, int64_t tokens, int64_t window, int64_t head, int64_t hkv,
                    int64_t group, int64_t dim, int64_t page, float scale) {
-    float rows[QUERIES * MAX_DIM], packed[QUERIES * MAX_DIM], acc[QUERIES * MAX_DIM], p[QUERIES][MAX_PAGE];
+    float rows[QUERIES * MAX_DIM], packed[QUERIES * MAX_DIM], acc[QUERIES * MAX_DIM];
     float scores[MAX_PAGE + PANEL_ROWS][QUERIES], best[QUERIES], total[QUERIES], fade[QUERIES];
     int64_t count = tokens * group, end = first + tokens;
     int wide = QUERIES % PANEL == 0 && in_panels(count);
     for (int64_t r = 0; r < count; r++) {
         const float *from = q + r / group * stride + r % group * dim;
         for (int64_t d = 0; d < dim; d++) rows[r * dim + d] = from[d] * scale;
-        best[r] = -INFINITY, total[r] = 0.0f;
     }
+    for (int64_t r = 0; r < QUERIES; r++) best[r] = -1e30f, total[r] = 0.0f; /* finite: infinity less itself is NaN */
     if (wide)
         for (int64_t r = 0; r < count; r += PANEL) 
             pack(packed + r * dim, rows + r * dim, 0, 0.0f, min(count - r, PANEL), dim, 0, dim);
@@ -410,25 +420,28 @@ static void attend(float *out, const float *q, int64_t stride, const float *k_ca
         if (at + keys < end) next = k_cache + (pages[at / page + 1] * hkv + head) * page * dim;
         score(scores, wide ? packed : rows, count, wide, k_cache + base, v, keys, dim);
         for (int64_t r = 0; r < count; r++) { /* of this page, row r sees the keys from ... to - 1 */
-            int64_t last = first + r / group - at, to = min(last + 1, keys);
-            int64_t from = last >= window ? last - window + 1 : 0;
-            float most = best[r], sum = 0.0f;
-            memset(p[r], 0, (size_t)keys * sizeof(float));
-            fade[r] = 1.0f;
-            if (from >= to) continue;
-            for (int64_t t = from; t < to; t++) most = scores[t][r] > most ? scores[t][r] : most;
-            for (int64_t t = from; t < to; t++) p[r][t] = scores[t][r];
-            for (int64_t t = from; t < to; t++) p[r][t] = exp_(p[r][t] - most);
-            for (int64_t t = from; t < to; t++) sum += p[r][t];
-            fade[r] = exp_(best[r] - most);
-            total[r] = total[r] * fade[r] + sum;
-            best[r] = most;
+            int64_t last = first + r / group - at, from = last >= window ? last - window + 1 : 0;
+            for (int64_t t = 0; t < min(from, keys); t++) scores[t][r] = -INFINITY;
+            for (int64_t t = last < 0 ? 0 : last + 1; t < keys; t++) scores[t][r] = -INFINITY;
+        }
+        for (int64_t r = 0; r < count; r += LANES) {
+            vec most = load(best + r), sum = {0};
+            for (int64_t t = 0; t < keys; t++) most = max_of(load(scores[t] + r), most);
+            for (int64_t t = 0; t < keys; t++) {
+                vec p = exp_(load(scores[t] + r) - most);
+                store(scores[t] + r, p);
+                sum += p;
+            }
+            store(fade + r, exp_(load(best + r) - most));
+            store(total + r, load(total + r) * load(fade + r) + sum);
+            store(best + r, most);
         }
         int64_t r = 0;
+        for (; r + 2 * DOT_COLS <= count; r += 2 * DOT_COLS)
+            weigh(2 * DOT_COLS, acc + r * dim, (const float(*)[QUERIES])(scores[0] + r), v, fade + r, keys, dim, next);
         for (; r + DOT_COLS <= count; r += DOT_COLS)
-            weigh(DOT_COLS, acc + r * dim, p + r, v, fade + r, keys, dim, next);
-        if (count - r == 1) weigh(1, acc + r * dim, p + r, v, fade + r, keys, dim, next);
-        if (count - r == 2) weigh(2, acc + r * dim, p + r, v, fade + r, keys, dim, next);
+            weigh(DOT_COLS, acc + r * dim, (const float(*)[QUERIES])(scores[0] + r), v, fade + r, keys, dim, next);
+        for (; r < count; r++) weigh(1, acc + r * dim, (const float(*)[QUERIES])(scores[0] + r), v, fade + r, keys, dim, next);
     }
     for (int64_t r = 0; r < count; r++)
         for (int64_t d = 0; d < dim; d++)
