@@ -133,14 +133,14 @@ INLINE void dots(const float *const w[], const float *x, int64_t m, int64_t k, f
 INLINE int in_panels(int64_t m) { return (m + PANEL - 1) / PANEL * PANEL * 10 <= m * 11; }
 
 /* sums[r * ld + c] (+)= w[r] . column c of the panel x [k, PANEL], steps from ... to - 1 along k, for 6 rows of w.
-   What lies `ahead` of row `turn` of w and of every `turns`-th from there comes into the cache. */
+   What lies `ahead` of w, if anything, comes into the cache. */
 INLINE void panel_block(const float *const w[], int64_t from, int64_t to, const float *x, float *sums, int64_t ld,
-                        int64_t ahead, int64_t turn, int64_t turns) {
+                        int64_t ahead) {
     vec acc[PANEL_ROWS][2];
     UNROLL for (int r = 0; r < PANEL_ROWS; r++)
         acc[r][0] = acc[r][1] = (vec){0};
     for (int64_t i = from; i < to;) {
-        for (int64_t r = turn; r < PANEL_ROWS; r += turns) __builtin_prefetch(w[r] + ahead + i);
+        if (ahead) UNROLL for (int r = 0; r < PANEL_ROWS; r++) __builtin_prefetch(w[r] + i + ahead);
         int64_t stop = min(i + 16, to); /* a cache line of each row */
         _Pragma("GCC unroll 4") for (; i < stop; i++) {
             vec low = load(x + i * PANEL), high = load(x + i * PANEL + LANES);
@@ -165,11 +165,9 @@ INLINE void panel_block(const float *const w[], int64_t from, int64_t to, const 
 /* sums[r * ld + c] = w[r] . x[c] for m rows of x, which lie in panels [k, PANEL]; the last panel's padding included. */
 INLINE void panels(const float *const w[], const float *x, int64_t m, int64_t k, float *sums, int64_t ld,
                    int64_t ahead) {
-    int64_t turns = (m + PANEL - 1) / PANEL;
     for (int64_t from = 0; from < k; from += PANEL_STEPS)
-        for (int64_t turn = 0; turn < turns; turn++)
-            panel_block(w, from, min(from + PANEL_STEPS, k), x + turn * PANEL * k, sums + turn * PANEL, ld, ahead, turn,
-                        turns);
+        for (int64_t c = 0; c < m; c += PANEL)
+            panel_block(w, from, min(from + PANEL_STEPS, k), x + c * k, sums + c, ld, c ? 0 : ahead);
 }
 
 /* ------------------------------------------------------------------------------------------------------- linear */
@@ -188,18 +186,17 @@ INLINE void rms_norm(float *y, const float *x, const float *gamma, float eps, in
     for (int64_t i = 0; i < k; i++) y[i] = x[i] * scale * gamma[i];
 }
 
-/* Steps from ... to - 1 along k of up to PANEL rows of x, normalised if there is a gamma, as a panel [k, PANEL]; its
-   padding repeats the last row. Vectors of four along k are turned four at a time. */
-static void pack(float *panel, const float *x, const float *gamma, float eps, int64_t m, int64_t k, int64_t from,
-                 int64_t to) {
+/* Up to PANEL rows of x, normalised if there is a gamma, as a panel [k, PANEL]; its padding repeats the last row.
+   Vectors of four along k are turned four at a time. */
+static void pack(float *panel, const float *x, const float *gamma, float eps, int64_t m, int64_t k) {
     const float *row[PANEL];
     float scale[PANEL];
     for (int64_t c = 0; c < PANEL; c++) {
         row[c] = x + min(c, m - 1) * k;
         scale[c] = !gamma ? 1.0f : c < m ? rms_scale(row[c], eps, k) : scale[m - 1];
     }
-    int64_t i = from;
-    for (; i + 4 <= to; i += 4)
+    int64_t i = 0;
+    for (; i + 4 <= k; i += 4)
         for (int64_t c = 0; c < PANEL; c += 4) {
             quad q[4];
             UNROLL for (int r = 0; r < 4; r++) {
@@ -212,28 +209,23 @@ static void pack(float *panel, const float *x, const float *gamma, float eps, in
             out[0] = MIX(low0, low1, 0, 1, 4, 5), out[PANEL / 4] = MIX(low0, low1, 2, 3, 6, 7);
             out[PANEL / 2] = MIX(high0, high1, 0, 1, 4, 5), out[PANEL / 4 * 3] = MIX(high0, high1, 2, 3, 6, 7);
         }
-    for (; i < to; i++)
+    for (; i < k; i++)
         for (int64_t c = 0; c < PANEL; c++) panel[i * PANEL + c] = gamma ? row[c][i] * scale[c] * gamma[i] : row[c][i];
 }
 
-/* A linear layer of few rows, up to MAX_FEW: x in scratch, and a thread reads its weight rows once. */
+/* A linear layer of few rows, up to MAX_FEW: a thread reads its weight rows once. */
 static void few(float *y, const float *x, const float *w, const float *gamma, float eps, const float *bias,
                 float *scratch, int64_t m, int64_t n, int64_t k, int32_t swiglu, int32_t add, int64_t threads) {
     int wide = in_panels(m), height = wide ? PANEL_ROWS : DOT_ROWS, width = swiglu ? height / 2 : height;
     int64_t blocks = (n + width - 1) / width;
-    const float *xs = wide || gamma ? scratch : x;
 #pragma omp parallel num_threads(threads)
-    {
-        if (wide) {
-#pragma omp for collapse(2) schedule(static)
-            for (int64_t i = 0; i < m; i += PANEL)
-                for (int64_t part = 0; part < threads; part++)
-                    pack(scratch + i * k, x + i * k, gamma, eps, min(m - i, PANEL), k, k * part / threads,
-                         k * (part + 1) / threads);
-        } else if (gamma) {
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < m; i++) rms_norm(scratch + i * k, x + i * k, gamma, eps, k);
-        }
+    { /* every thread prepares all rows of x: that is less than to wait for the others and to fetch what they made */
+        float *own = scratch + omp_get_thread_num() * (m + PANEL - 1) * k;
+        const float *xs = wide || gamma ? own : x;
+        if (wide)
+            for (int64_t i = 0; i < m; i += PANEL) pack(own + i * k, x + i * k, gamma, eps, min(m - i, PANEL), k);
+        else if (gamma)
+            for (int64_t i = 0; i < m; i++) rms_norm(own + i * k, x + i * k, gamma, eps, k);
 #pragma omp for schedule(static) nowait
         for (int64_t b = 0; b < blocks; b++) {
             float sums[PANEL_ROWS][MAX_FEW];
@@ -285,7 +277,7 @@ static void many(float *y, const float *x, const float *w, const float *gamma, f
                 for (int64_t c = 0; c < tile; c += PANEL) { /* with swiglu the second half are up rows */
                     int64_t up = c / width, at = c % width;
                     if (at < valid)
-                        pack(packed + c * k, w + (up * n + j + at) * k, 0, 0.0f, min(valid - at, PANEL), k, 0, k);
+                        pack(packed + c * k, w + (up * n + j + at) * k, 0, 0.0f, min(valid - at, PANEL), k);
                 }
                 for (int64_t i = part * chunk; i < end; i += PANEL_ROWS) {
                     int64_t count = min(end - i, PANEL_ROWS);
@@ -411,7 +403,7 @@ static void attend(float *out, const float *q, int64_t stride, const float *k_ca
     for (int64_t r = 0; r < QUERIES; r++) best[r] = -1e30f, total[r] = 0.0f; /* finite: infinity less itself is NaN */
     if (wide)
         for (int64_t r = 0; r < count; r += PANEL) 
-            pack(packed + r * dim, rows + r * dim, 0, 0.0f, min(count - r, PANEL), dim, 0, dim);
+            pack(packed + r * dim, rows + r * dim, 0, 0.0f, min(count - r, PANEL), dim);
     memset(acc, 0, (size_t)(count * dim) * sizeof(float));
     for (int64_t at = first >= window ? first - window + 1 : 0, keys; at < end; at += keys) {
         keys = min(page - at % page, end - at);

@@ -183,8 +183,8 @@ def _linear(
     k = weight.shape[1]
     m, n = x.numel() // k, y.shape[-1]
     threads = torch.get_num_threads()
-    rows = m + PADDING if m <= MAX_FEW else 0 if norm_weight is None else m
-    scratch = x.new_empty((rows + MAX_TILE * threads * (m > MIN_FEW)) * k)
+    own = max(m + PADDING if m <= MAX_FEW else 0, MAX_TILE if m > MIN_FEW else 0)
+    scratch = x.new_empty((own * threads + (m if norm_weight is not None and m > MIN_FEW else 0)) * k)
     library().linear(
         y.data_ptr(), x.data_ptr(), weight.data_ptr(), _address(norm_weight), eps, _address(bias), scratch.data_ptr(),
         m, n, k, swiglu, add, threads,
