@@ -5,15 +5,15 @@ second: it copies blocks of both operands into a layout of its own, which costs 
 owns a range of weight rows and reads them once, as they lie, while it multiplies them with all rows of x:
 
     dots      sums over vectors along k, 4 weight rows by 3 rows of x: up to a dozen rows
-    panels    sums in vectors along the rows of x, 6 weight rows by 2 vectors, x transposed first: more
+    panels    sums in vectors along the rows of x, 6 weight rows by 2 vectors, x transposed first: up to a hundred
+    many      panels of weight rows instead, 6 rows of x at a time: more, where the copy of the weight does not count
 
-Both keep 12 vectors of sums in the 16 registers of AVX2. While a block is multiplied, the weight rows of the next are
+All keep 12 vectors of sums in the 16 registers of AVX2. While a block is multiplied, the weight rows of the next are
 prefetched. Norm, bias, SwiGLU and residual ride along, so a layer is four such calls, the rotation and attention.
 A row's sums are added in the same order whatever rows are beside it, as long as their number calls for the same form.
 
 Vectors are GCC's extension, which clang has too: no intrinsics, any CPU. OpenMP's threads are those of PyTorch. */
 #include <math.h>
-#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -26,11 +26,11 @@ Vectors are GCC's extension, which clang has too: no intrinsics, any CPU. OpenMP
 enum { DOT_ROWS = 4, DOT_COLS = 3 };                          /* weight rows and rows of x in a block of dots */
 enum { PANEL_ROWS = 6, PANEL = 2 * LANES, PANEL_STEPS = 768 }; /* the same of panels; steps along k between stores */
 enum { MIN_FEW = 64, MAX_FEW = 128, FEW_FLOATS = 98304 };     /* rows of x that are few: within half an L2 cache */
-enum { MAX_TILE = 64, MAX_CHUNK = 512 };                      /* weight rows and rows of x taken at a time when many */
+enum { MAX_TILE = 64, MAX_CHUNK = 1024 };                      /* weight rows and rows of x taken at a time when many */
 enum { QUERIES = 48, MAX_PAGE = 64, MAX_DIM = 256 };          /* of attention; `native.py` refuses more */
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int32_t lanes_of_bits __attribute__((vector_size(LANES * 4)));
+typedef int32_t bits __attribute__((vector_size(LANES * 4)));
 typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
 #ifdef __clang__
 #define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__) /* elements of a and b, which count from 0 and 4 */
@@ -46,6 +46,8 @@ typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
 #define KEEP(v)
 #endif
 
+int omp_get_thread_num(void); /* its header is not there wherever clang is */
+
 INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE vec load(const float *p) { return *(const vec *)p; }
 INLINE void store(float *p, vec v) { *(vec *)p = v; }
@@ -57,12 +59,12 @@ INLINE float sum_of(vec v) {
     return (q[0] + q[2]) + (q[1] + q[3]);
 }
 
-INLINE vec pick(lanes_of_bits mask, vec a, vec b) { return (vec)((mask & (lanes_of_bits)a) | (~mask & (lanes_of_bits)b)); }
+INLINE vec pick(bits mask, vec a, vec b) { return (vec)((mask & (bits)a) | (~mask & (bits)b)); }
 INLINE vec max_of(vec a, vec b) { return pick(a > b, a, b); }
 
 /* e to the x, off by at most 2 units in the last place; 0 below -87, x is cut to 88 (Cephes' polynomial). NaN stays. */
 INLINE vec exp_(vec x) {
-    lanes_of_bits zero = x < -87.0f;
+    bits zero = x < -87.0f;
     x = pick(zero, (vec){0}, pick(x > 88.0f, (vec){0} + 88.0f, x));
     vec shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f; /* rounds: 1.5 * 2^23 has no fraction */
     vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -72,8 +74,8 @@ INLINE vec exp_(vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    vec power = (vec)(((lanes_of_bits)shifted << 23) + 0x3f800000); /* 2^n */
-    return (vec)(~zero & (lanes_of_bits)(p * power));
+    vec power = (vec)(((bits)shifted << 23) + 0x3f800000); /* 2^n */
+    return (vec)(~zero & (bits)(p * power));
 }
 
 /* gate = silu(gate) * up, n of each and what else is in the last vector. */
@@ -254,13 +256,15 @@ static void few(float *y, const float *x, const float *w, const float *gamma, fl
     }
 }
 
-/* A linear layer of many rows: a thread packs a tile of weight rows at a time and multiplies them with blocks of rows of x,
-   so that the sums lie as y does. */
+/* A linear layer of many rows: panels the other way round. A thread packs a tile of weight rows and multiplies it with
+   blocks of rows of x, so that the sums lie as y does. */
 static void many(float *y, const float *x, const float *w, const float *gamma, float eps, const float *bias,
                  float *scratch, int64_t m, int64_t n, int64_t k, int32_t swiglu, int32_t add, int64_t threads) {
     int64_t tile = MAX_TILE * k > FEW_FLOATS ? 2 * PANEL : MAX_TILE, width = swiglu ? tile / 2 : tile;
     int64_t tiles = (n + width - 1) / width;
-    int64_t chunks = (m + MAX_CHUNK - 1) / MAX_CHUNK, chunk = (m + chunks - 1) / chunks;
+    int64_t chunks = (m + MAX_CHUNK - 1) / MAX_CHUNK, least = (8 * threads + tiles - 1) / tiles;
+    if (chunks < least) chunks = min(least, m / MIN_FEW); /* or a thread waits long for another's last one */
+    int64_t chunk = (m + chunks - 1) / chunks;
     const float *xs = gamma ? scratch : x;
     float *packs = gamma ? scratch + m * k : scratch;
 #pragma omp parallel num_threads(threads)
@@ -300,8 +304,8 @@ static void many(float *y, const float *x, const float *w, const float *gamma, f
 }
 
 /* y [m, n] = act(norm(x) w^T + bias), or added to y. x: [m, k]; w: [n, k], with swiglu [2 n, k], gate rows first;
-   gamma: [k], or none for no norm; bias: one a row of w, or none; scratch: `native.py` knows its size. With swiglu, half
-   the rows of a block are gate rows, the others their up rows. */
+   gamma: [k], or none for no norm; bias: one a row of w, or none; scratch: `native.py` knows its size. With swiglu,
+   half the rows of a block are gate rows, the others their up rows. */
 void linear(float *y, const float *x, const float *w, const float *gamma, float eps, const float *bias, float *scratch,
             int64_t m, int64_t n, int64_t k, int32_t swiglu, int32_t add, int64_t threads) {
     int64_t limit = FEW_FLOATS / k < MIN_FEW ? MIN_FEW : min(FEW_FLOATS / k, MAX_FEW);
@@ -338,9 +342,9 @@ void rope_store(float *q, float *k_cache, float *v_cache, const float *qkv, cons
     }
 }
 
-/* acc[c] = acc[c] * fade[c] + sum over t of p[t][c] v[t], for `cols` queries, `keys` rows of v and `width` vectors of a
-   row, while the same number of vectors from `next` on come into the cache. */
-INLINE void weigh_block(const int cols, const int width, float *acc, const float (*p)[QUERIES], const float *v,
+/* acc[c] = acc[c] * fade[c] + sum over t of p[t * QUERIES + c] v[t], for `cols` queries, `keys` rows of v and `width`
+   vectors of a row, while the same number of vectors from `next` on come into the cache. */
+INLINE void weigh_block(const int cols, const int width, float *acc, const float *p, const float *v,
                         const float *fade, int64_t keys, int64_t dim, const float *next) {
     vec sums[2 * DOT_COLS][4];
     UNROLL for (int c = 0; c < cols; c++)
@@ -353,7 +357,7 @@ INLINE void weigh_block(const int cols, const int width, float *acc, const float
             KEEP(values[i]);
         }
         UNROLL for (int c = 0; c < cols; c++) {
-            vec weight = p[t][c] - (vec){0};
+            vec weight = p[t * QUERIES + c] - (vec){0};
             KEEP(weight);
             UNROLL for (int i = 0; i < width; i++) sums[c][i] += weight * values[i];
         }
@@ -363,7 +367,7 @@ INLINE void weigh_block(const int cols, const int width, float *acc, const float
 }
 
 /* The same for whole rows of v, dim floats: 12 vectors of sums at a time if there are as many. */
-INLINE void weigh(const int cols, float *acc, const float (*p)[QUERIES], const float *v, const float *fade,
+INLINE void weigh(const int cols, float *acc, const float *p, const float *v, const float *fade,
                   int64_t keys, int64_t dim, const float *next) {
     const int width = cols > DOT_COLS ? 2 : 4;
     int64_t d = 0;
@@ -430,10 +434,10 @@ static void attend(float *out, const float *q, int64_t stride, const float *k_ca
         }
         int64_t r = 0;
         for (; r + 2 * DOT_COLS <= count; r += 2 * DOT_COLS)
-            weigh(2 * DOT_COLS, acc + r * dim, (const float(*)[QUERIES])(scores[0] + r), v, fade + r, keys, dim, next);
+            weigh(2 * DOT_COLS, acc + r * dim, scores[0] + r, v, fade + r, keys, dim, next);
         for (; r + DOT_COLS <= count; r += DOT_COLS)
-            weigh(DOT_COLS, acc + r * dim, (const float(*)[QUERIES])(scores[0] + r), v, fade + r, keys, dim, next);
-        for (; r < count; r++) weigh(1, acc + r * dim, (const float(*)[QUERIES])(scores[0] + r), v, fade + r, keys, dim, next);
+            weigh(DOT_COLS, acc + r * dim, scores[0] + r, v, fade + r, keys, dim, next);
+        for (; r < count; r++) weigh(1, acc + r * dim, scores[0] + r, v, fade + r, keys, dim, next);
     }
     for (int64_t r = 0; r < count; r++)
         for (int64_t d = 0; d < dim; d++)

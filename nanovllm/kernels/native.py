@@ -18,6 +18,7 @@ import os
 import platform
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
@@ -181,14 +182,27 @@ def _linear(
     norm_weight: torch.Tensor | None, eps: float, swiglu: bool, add: bool,
 ) -> None:  # fmt: skip
     k = weight.shape[1]
-    m, n = x.numel() // k, y.shape[-1]
-    threads = torch.get_num_threads()
-    own = max(m + PADDING if m <= MAX_FEW else 0, MAX_TILE if m > MIN_FEW else 0)
-    scratch = x.new_empty((own * threads + (m if norm_weight is not None and m > MIN_FEW else 0)) * k)
+    m, n, threads = x.numel() // k, y.shape[-1], torch.get_num_threads()
+    own = m + PADDING if m <= MIN_FEW else max(m + PADDING, MAX_TILE) if m <= MAX_FEW else MAX_TILE  # rows a thread
+    shared = m if m > MIN_FEW and norm_weight is not None else 0
     library().linear(
-        y.data_ptr(), x.data_ptr(), weight.data_ptr(), _address(norm_weight), eps, _address(bias), scratch.data_ptr(),
-        m, n, k, swiglu, add, threads,
+        y.data_ptr(), x.data_ptr(), weight.data_ptr(), _address(norm_weight), eps, _address(bias),
+        _scratch.address((own * threads + shared) * k), m, n, k, swiglu, add, threads,
     )  # fmt: skip
+
+
+class _Scratch(threading.local):
+    """Memory that a call may write, kept for the thread's next one: to have it anew costs as much as a small call."""
+
+    floats = torch.empty(0)
+
+    def address(self, size: int) -> int:
+        if self.floats.numel() < size:
+            self.floats = torch.empty(size)
+        return self.floats.data_ptr()
+
+
+_scratch = _Scratch()
 
 
 def qk_norm_rope_store(
