@@ -77,6 +77,17 @@ def test_linear_residual(m: int) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_many_rows_are_the_sums_of_few(swiglu: bool) -> None:
+    x, weight, bias = torch.randn(1111, 900), torch.randn(2 * 150, 900), torch.randn(2 * 150)
+    many = native.linear(x, weight, bias, norm_weight=torch.ones(900), eps=1e-5, swiglu=swiglu)
+    for first in (0, 700, 1111 - 64):  # in panels, as the many are; another chunk; the last rows
+        rows = x[first : first + 64]
+        few = native.linear(rows, weight, bias, norm_weight=torch.ones(900), eps=1e-5, swiglu=swiglu)
+        assert torch.equal(many[first : first + 64], few)
+
+
+@needs_compiler
 def test_nan_and_infinity_stay(poisoned_memory: None) -> None:
     weight = torch.randn(8, 40)
     for value in (float("nan"), float("inf")):
@@ -110,13 +121,14 @@ def test_attention(case: tuple) -> None:
 
 @needs_compiler
 def test_threads_change_nothing() -> None:
-    x, weight = torch.randn(40, 300), torch.randn(500, 300)
-    before, results = torch.get_num_threads(), []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        results.append(native.linear(x, weight, norm_weight=torch.ones(300), eps=1e-5))
-    torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    weight, before = torch.randn(500, 300), torch.get_num_threads()
+    for rows in (1, 40, 400):
+        x, results = torch.randn(rows, 300), []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(native.linear(x, weight, norm_weight=torch.ones(300), eps=1e-5))
+        torch.set_num_threads(before)
+        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 # --------------------------------------------------------------------------------------------------------- engine

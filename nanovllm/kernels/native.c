@@ -5,9 +5,10 @@ second: it copies blocks of both operands into a layout of its own, which costs 
 owns a range of weight rows and reads them once, as they lie, while it multiplies them with all rows of x:
 
     dots      sums over vectors along k, 4 weight rows by 3 rows of x: up to a dozen rows
-    panels    sums in vectors along the rows of x, 6 weight rows by 2 vectors, x transposed first: more
+    panels    sums in vectors along the rows of x, 6 weight rows by 2 vectors, x transposed first: up to a hundred
+    many      panels of weight rows instead, 6 rows of x at a time: more, where the copy of the weight does not count
 
-Both keep 12 vectors of sums in the 16 registers of AVX2. While a block is multiplied, the weight rows of the next are
+All keep 12 vectors of sums in the 16 registers of AVX2. While a block is multiplied, the weight rows of the next are
 prefetched. Norm, bias, SwiGLU and residual ride along, so a layer is four such calls, the rotation and attention.
 A row's sums are added in the same order whatever rows are beside it, as long as their number calls for the same form.
 
@@ -23,11 +24,19 @@ Vectors are GCC's extension, which clang has too: no intrinsics, any CPU. OpenMP
 #endif
 
 enum { DOT_ROWS = 4, DOT_COLS = 3 };                          /* weight rows and rows of x in a block of dots */
-enum { PANEL_ROWS = 6, PANEL = 2 * LANES, PANEL_STEPS = 256 }; /* the same of panels; steps along k between stores */
-enum { MIN_TILE = 64, MAX_TILE = 128, TILE_FLOATS = 98304 }; /* rows of x taken at a time: half an L2 cache */
+enum { PANEL_ROWS = 6, PANEL = 2 * LANES, PANEL_STEPS = 768 }; /* the same of panels; steps along k between stores */
+enum { MIN_FEW = 64, MAX_FEW = 128, FEW_FLOATS = 98304 };     /* rows of x that are few: within half an L2 cache */
+enum { MAX_TILE = 64, MAX_CHUNK = 1024 };                      /* weight rows and rows of x taken at a time when many */
 enum { QUERIES = 48, MAX_PAGE = 64, MAX_DIM = 256 };          /* of attention; `native.py` refuses more */
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t bits __attribute__((vector_size(LANES * 4)));
+typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
+#ifdef __clang__
+#define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__) /* elements of a and b, which count from 0 and 4 */
+#else
+#define MIX(a, b, ...) __builtin_shuffle(a, b, (int __attribute__((vector_size(16)))){__VA_ARGS__})
+#endif
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 /* Keeps a loaded vector in its register; else GCC reads it from memory again for every product. */
@@ -37,36 +46,44 @@ typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias))
 #define KEEP(v)
 #endif
 
+int omp_get_thread_num(void); /* its header is not there wherever clang is */
+
 INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE vec load(const float *p) { return *(const vec *)p; }
 INLINE void store(float *p, vec v) { *(vec *)p = v; }
 
 INLINE float sum_of(vec v) {
-    typedef float quad __attribute__((vector_size(16)));
     union { vec v; quad q[LANES / 4]; } parts = {v};
     quad q = parts.q[0];
     UNROLL for (int i = 1; i < LANES / 4; i++) q += parts.q[i];
     return (q[0] + q[2]) + (q[1] + q[3]);
 }
 
-/* e to the x, off by at most 2 units in the last place; x is cut to -87 ... 88 (Cephes' polynomial). NaN stays NaN. */
-INLINE float exp_(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f; /* rounds: 1.5 * 2^23 has no fraction */
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
+INLINE vec pick(bits mask, vec a, vec b) { return (vec)((mask & (bits)a) | (~mask & (bits)b)); }
+INLINE vec max_of(vec a, vec b) { return pick(a > b, a, b); }
+
+/* e to the x, off by at most 2 units in the last place; 0 below -87, x is cut to 88 (Cephes' polynomial). NaN stays. */
+INLINE vec exp_(vec x) {
+    bits zero = x < -87.0f;
+    x = pick(zero, (vec){0}, pick(x > 88.0f, (vec){0} + 88.0f, x));
+    vec shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f; /* rounds: 1.5 * 2^23 has no fraction */
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    uint32_t bits;
-    memcpy(&bits, &shifted, 4);
-    bits = (bits << 23) + 0x3f800000u; /* 2^n */
-    float scale;
-    memcpy(&scale, &bits, 4);
-    return p * scale;
+    vec power = (vec)(((bits)shifted << 23) + 0x3f800000); /* 2^n */
+    return (vec)(~zero & (bits)(p * power));
+}
+
+/* gate = silu(gate) * up, n of each and what else is in the last vector. */
+INLINE void swiglu_(float *gate, const float *up, int64_t n) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec g = load(gate + i);
+        store(gate + i, g / (1.0f + exp_(-g)) * load(up + i));
+    }
 }
 
 /* ----------------------------------------------------------------------------------------------------- products */
@@ -118,14 +135,14 @@ INLINE void dots(const float *const w[], const float *x, int64_t m, int64_t k, f
 INLINE int in_panels(int64_t m) { return (m + PANEL - 1) / PANEL * PANEL * 10 <= m * 11; }
 
 /* sums[r * ld + c] (+)= w[r] . column c of the panel x [k, PANEL], steps from ... to - 1 along k, for 6 rows of w.
-   What lies `ahead` of row `turn` of w and of every `turns`-th from there comes into the cache. */
+   What lies `ahead` of w, if anything, comes into the cache. */
 INLINE void panel_block(const float *const w[], int64_t from, int64_t to, const float *x, float *sums, int64_t ld,
-                        int64_t ahead, int64_t turn, int64_t turns) {
+                        int64_t ahead) {
     vec acc[PANEL_ROWS][2];
     UNROLL for (int r = 0; r < PANEL_ROWS; r++)
         acc[r][0] = acc[r][1] = (vec){0};
     for (int64_t i = from; i < to;) {
-        for (int64_t r = turn; r < PANEL_ROWS; r += turns) __builtin_prefetch(w[r] + ahead + i);
+        if (ahead) UNROLL for (int r = 0; r < PANEL_ROWS; r++) __builtin_prefetch(w[r] + i + ahead);
         int64_t stop = min(i + 16, to); /* a cache line of each row */
         _Pragma("GCC unroll 4") for (; i < stop; i++) {
             vec low = load(x + i * PANEL), high = load(x + i * PANEL + LANES);
@@ -150,11 +167,9 @@ INLINE void panel_block(const float *const w[], int64_t from, int64_t to, const 
 /* sums[r * ld + c] = w[r] . x[c] for m rows of x, which lie in panels [k, PANEL]; the last panel's padding included. */
 INLINE void panels(const float *const w[], const float *x, int64_t m, int64_t k, float *sums, int64_t ld,
                    int64_t ahead) {
-    int64_t turns = (m + PANEL - 1) / PANEL;
     for (int64_t from = 0; from < k; from += PANEL_STEPS)
-        for (int64_t turn = 0; turn < turns; turn++)
-            panel_block(w, from, min(from + PANEL_STEPS, k), x + turn * PANEL * k, sums + turn * PANEL, ld, ahead, turn,
-                        turns);
+        for (int64_t c = 0; c < m; c += PANEL)
+            panel_block(w, from, min(from + PANEL_STEPS, k), x + c * k, sums + c, ld, c ? 0 : ahead);
 }
 
 /* ------------------------------------------------------------------------------------------------------- linear */
@@ -173,45 +188,49 @@ INLINE void rms_norm(float *y, const float *x, const float *gamma, float eps, in
     for (int64_t i = 0; i < k; i++) y[i] = x[i] * scale * gamma[i];
 }
 
-/* Up to PANEL rows of x, normalised if there is a gamma, as a panel [k, PANEL]; its padding is finite. */
+/* Up to PANEL rows of x, normalised if there is a gamma, as a panel [k, PANEL]; its padding repeats the last row.
+   Vectors of four along k are turned four at a time. */
 static void pack(float *panel, const float *x, const float *gamma, float eps, int64_t m, int64_t k) {
     const float *row[PANEL];
     float scale[PANEL];
     for (int64_t c = 0; c < PANEL; c++) {
         row[c] = x + min(c, m - 1) * k;
-        scale[c] = gamma ? rms_scale(row[c], eps, k) : 1.0f;
+        scale[c] = !gamma ? 1.0f : c < m ? rms_scale(row[c], eps, k) : scale[m - 1];
     }
-    for (int64_t i = 0; i < k; i++) {
-        float weight = gamma ? gamma[i] : 1.0f;
-        UNROLL for (int64_t c = 0; c < PANEL; c++) panel[i * PANEL + c] = row[c][i] * scale[c] * weight;
-    }
+    int64_t i = 0;
+    for (; i + 4 <= k; i += 4)
+        for (int64_t c = 0; c < PANEL; c += 4) {
+            quad q[4];
+            UNROLL for (int r = 0; r < 4; r++) {
+                q[r] = *(const quad *)(row[c + r] + i);
+                if (gamma) q[r] = q[r] * scale[c + r] * *(const quad *)(gamma + i);
+            }
+            quad low0 = MIX(q[0], q[1], 0, 4, 1, 5), low1 = MIX(q[2], q[3], 0, 4, 1, 5);
+            quad high0 = MIX(q[0], q[1], 2, 6, 3, 7), high1 = MIX(q[2], q[3], 2, 6, 3, 7);
+            quad *out = (quad *)(panel + i * PANEL + c);
+            out[0] = MIX(low0, low1, 0, 1, 4, 5), out[PANEL / 4] = MIX(low0, low1, 2, 3, 6, 7);
+            out[PANEL / 2] = MIX(high0, high1, 0, 1, 4, 5), out[PANEL / 4 * 3] = MIX(high0, high1, 2, 3, 6, 7);
+        }
+    for (; i < k; i++)
+        for (int64_t c = 0; c < PANEL; c++) panel[i * PANEL + c] = gamma ? row[c][i] * scale[c] * gamma[i] : row[c][i];
 }
 
-/* y [m, n] = act(norm(x) w^T + bias), or added to y. x: [m, k]; w: [n, k], with swiglu [2 n, k], gate rows first;
-   gamma: [k], or none for no norm; bias: one a row of w, or none; scratch: k floats for each of MAX_TILE rows, or for m
-   rows and a panel's padding. With swiglu, half the rows of a block are gate rows, the others their up rows. */
-void linear(float *y, const float *x, const float *w, const float *gamma, float eps, const float *bias, float *scratch,
-            int64_t m, int64_t n, int64_t k, int32_t swiglu, int32_t add) {
-    int64_t fit = TILE_FLOATS / k / PANEL * PANEL, tile = fit < MIN_TILE ? MIN_TILE : min(fit, MAX_TILE);
+/* A linear layer of few rows, up to MAX_FEW: a thread reads its weight rows once. */
+static void few(float *y, const float *x, const float *w, const float *gamma, float eps, const float *bias,
+                float *scratch, int64_t m, int64_t n, int64_t k, int32_t swiglu, int32_t add, int64_t threads) {
     int wide = in_panels(m), height = wide ? PANEL_ROWS : DOT_ROWS, width = swiglu ? height / 2 : height;
     int64_t blocks = (n + width - 1) / width;
-#pragma omp parallel
-    for (int64_t first = 0; first < m; first += tile) {
-        int64_t count = min(m - first, tile);
-        const float *rows = x + first * k, *xs = wide || gamma ? scratch : rows;
-        if (first) { /* the rows before may still be read */
-#pragma omp barrier
-        }
-        if (wide) {
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < count; i += PANEL) pack(scratch + i * k, rows + i * k, gamma, eps, count - i, k);
-        } else if (gamma) {
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < count; i++) rms_norm(scratch + i * k, rows + i * k, gamma, eps, k);
-        }
+#pragma omp parallel num_threads(threads)
+    { /* every thread prepares all rows of x: that is less than to wait for the others and to fetch what they made */
+        float *own = scratch + omp_get_thread_num() * (m + PANEL - 1) * k;
+        const float *xs = wide || gamma ? own : x;
+        if (wide)
+            for (int64_t i = 0; i < m; i += PANEL) pack(own + i * k, x + i * k, gamma, eps, min(m - i, PANEL), k);
+        else if (gamma)
+            for (int64_t i = 0; i < m; i++) rms_norm(own + i * k, x + i * k, gamma, eps, k);
 #pragma omp for schedule(static) nowait
         for (int64_t b = 0; b < blocks; b++) {
-            float sums[PANEL_ROWS][MAX_TILE];
+            float sums[PANEL_ROWS][MAX_FEW];
             const float *ws[PANEL_ROWS];
             int64_t j = b * width, valid = min(n - j, width), row[PANEL_ROWS];
             for (int r = 0; r < height; r++) { /* behind the last row, that one again */
@@ -220,23 +239,77 @@ void linear(float *y, const float *x, const float *w, const float *gamma, float 
             }
             const float *next[2] = {ws[0] + width * k, ws[2] + width * k};
             if (wide)
-                panels(ws, xs, count, k, sums[0], MAX_TILE, width * k);
+                panels(ws, xs, m, k, sums[0], MAX_FEW, width * k);
             else
-                dots(ws, xs, count, k, sums[0], MAX_TILE, next);
+                dots(ws, xs, m, k, sums[0], MAX_FEW, next);
             if (bias)
                 for (int r = 0; r < height; r++)
-                    for (int64_t i = 0; i < count; i++) sums[r][i] += bias[row[r]];
+                    for (int64_t i = 0; i < m; i++) sums[r][i] += bias[row[r]];
             if (swiglu)
-                for (int r = 0; r < width; r++)
-                    for (int64_t i = 0; i < count; i++)
-                        sums[r][i] *= sums[r + width][i] / (1.0f + exp_(-sums[r][i]));
-            for (int64_t i = 0; i < count; i++)
+                for (int r = 0; r < width; r++) swiglu_(sums[r], sums[r + width], m);
+            for (int64_t i = 0; i < m; i++)
                 for (int64_t r = 0; r < valid; r++) {
-                    float *out = y + (first + i) * n + j + r;
+                    float *out = y + i * n + j + r;
                     *out = sums[r][i] + (add ? *out : 0.0f);
                 }
         }
     }
+}
+
+/* A linear layer of many rows: panels the other way round. A thread packs a tile of weight rows and multiplies it with
+   blocks of rows of x, so that the sums lie as y does. */
+static void many(float *y, const float *x, const float *w, const float *gamma, float eps, const float *bias,
+                 float *scratch, int64_t m, int64_t n, int64_t k, int32_t swiglu, int32_t add, int64_t threads) {
+    int64_t tile = MAX_TILE * k > FEW_FLOATS ? 2 * PANEL : MAX_TILE, width = swiglu ? tile / 2 : tile;
+    int64_t tiles = (n + width - 1) / width;
+    int64_t chunks = (m + MAX_CHUNK - 1) / MAX_CHUNK, least = (8 * threads + tiles - 1) / tiles;
+    if (chunks < least) chunks = min(least, m / MIN_FEW); /* or a thread waits long for another's last one */
+    int64_t chunk = (m + chunks - 1) / chunks;
+    const float *xs = gamma ? scratch : x;
+    float *packs = gamma ? scratch + m * k : scratch;
+#pragma omp parallel num_threads(threads)
+    {
+        if (gamma) {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < m; i++) rms_norm(scratch + i * k, x + i * k, gamma, eps, k);
+        }
+        float *packed = packs + omp_get_thread_num() * tile * k, sums[PANEL_ROWS][MAX_TILE];
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t t = 0; t < tiles; t++)
+            for (int64_t part = 0; part < chunks; part++) {
+                int64_t j = t * width, valid = min(n - j, width), end = min((part + 1) * chunk, m);
+                for (int64_t c = 0; c < tile; c += PANEL) { /* with swiglu the second half are up rows */
+                    int64_t up = c / width, at = c % width;
+                    if (at < valid)
+                        pack(packed + c * k, w + (up * n + j + at) * k, 0, 0.0f, min(valid - at, PANEL), k);
+                }
+                for (int64_t i = part * chunk; i < end; i += PANEL_ROWS) {
+                    int64_t count = min(end - i, PANEL_ROWS);
+                    const float *rows[PANEL_ROWS];
+                    for (int r = 0; r < PANEL_ROWS; r++) rows[r] = xs + (i + min(r, count - 1)) * k;
+                    panels(rows, packed, tile, k, sums[0], MAX_TILE, PANEL_ROWS * k);
+                    for (int64_t r = 0; r < count; r++) {
+                        float *sum = sums[r], *out = y + (i + r) * n + j;
+                        if (bias)
+                            for (int64_t c = 0; c < valid; c++) {
+                                sum[c] += bias[j + c];
+                                if (swiglu) sum[width + c] += bias[n + j + c];
+                            }
+                        if (swiglu) swiglu_(sum, sum + width, valid);
+                        for (int64_t c = 0; c < valid; c++) out[c] = add ? out[c] + sum[c] : sum[c];
+                    }
+                }
+            }
+    }
+}
+
+/* y [m, n] = act(norm(x) w^T + bias), or added to y. x: [m, k]; w: [n, k], with swiglu [2 n, k], gate rows first;
+   gamma: [k], or none for no norm; bias: one a row of w, or none; scratch: `native.py` knows its size. With swiglu,
+   half the rows of a block are gate rows, the others their up rows. */
+void linear(float *y, const float *x, const float *w, const float *gamma, float eps, const float *bias, float *scratch,
+            int64_t m, int64_t n, int64_t k, int32_t swiglu, int32_t add, int64_t threads) {
+    int64_t limit = FEW_FLOATS / k < MIN_FEW ? MIN_FEW : min(FEW_FLOATS / k, MAX_FEW);
+    (m > limit ? many : few)(y, x, w, gamma, eps, bias, scratch, m, n, k, swiglu, add, threads);
 }
 
 /* ---------------------------------------------------------------------------------------------------- attention */
@@ -269,32 +342,38 @@ void rope_store(float *q, float *k_cache, float *v_cache, const float *qkv, cons
     }
 }
 
-/* acc[c] = acc[c] * fade[c] + p[c] . v for `cols` queries, `keys` rows of v and `width` vectors of a row, while the
-   same number of vectors from `next` on come into the cache. */
-INLINE void weigh_block(const int cols, const int width, float *acc, const float (*p)[MAX_PAGE], const float *v,
+/* acc[c] = acc[c] * fade[c] + sum over t of p[t * QUERIES + c] v[t], for `cols` queries, `keys` rows of v and `width`
+   vectors of a row, while the same number of vectors from `next` on come into the cache. */
+INLINE void weigh_block(const int cols, const int width, float *acc, const float *p, const float *v,
                         const float *fade, int64_t keys, int64_t dim, const float *next) {
-    vec sums[DOT_COLS][2];
+    vec sums[2 * DOT_COLS][4];
     UNROLL for (int c = 0; c < cols; c++)
         UNROLL for (int i = 0; i < width; i++) sums[c][i] = load(acc + c * dim + i * LANES) * fade[c];
     for (int64_t t = 0; t < keys; t++) {
-        __builtin_prefetch(next + t * width * LANES);
+        UNROLL for (int i = 0; i < width; i += 2) __builtin_prefetch(next + (t * width + i) * LANES);
+        vec values[4];
         UNROLL for (int i = 0; i < width; i++) {
-            vec value = load(v + t * dim + i * LANES);
-            KEEP(value);
-            UNROLL for (int c = 0; c < cols; c++) sums[c][i] += value * p[c][t];
+            values[i] = load(v + t * dim + i * LANES);
+            KEEP(values[i]);
+        }
+        UNROLL for (int c = 0; c < cols; c++) {
+            vec weight = p[t * QUERIES + c] - (vec){0};
+            KEEP(weight);
+            UNROLL for (int i = 0; i < width; i++) sums[c][i] += weight * values[i];
         }
     }
     UNROLL for (int c = 0; c < cols; c++)
         UNROLL for (int i = 0; i < width; i++) store(acc + c * dim + i * LANES, sums[c][i]);
 }
 
-/* The same for whole rows of v, dim floats. */
-INLINE void weigh(const int cols, float *acc, const float (*p)[MAX_PAGE], const float *v, const float *fade,
+/* The same for whole rows of v, dim floats: 12 vectors of sums at a time if there are as many. */
+INLINE void weigh(const int cols, float *acc, const float *p, const float *v, const float *fade,
                   int64_t keys, int64_t dim, const float *next) {
+    const int width = cols > DOT_COLS ? 2 : 4;
     int64_t d = 0;
-    for (; d + 2 * LANES <= dim; d += 2 * LANES)
-        weigh_block(cols, 2, acc + d, p, v + d, fade, keys, dim, next + d * keys);
-    if (d < dim) weigh_block(cols, 1, acc + d, p, v + d, fade, keys, dim, next + d * keys);
+    for (; d + width * LANES <= dim; d += width * LANES)
+        weigh_block(cols, width, acc + d, p, v + d, fade, keys, dim, next + d * keys);
+    for (; d < dim; d += LANES) weigh_block(cols, 1, acc + d, p, v + d, fade, keys, dim, next + d * keys);
 }
 
 /* scores[t][r] = k[t] . query[r] for `keys` rows of k. The queries lie in rows, and v comes into the cache; or, when
@@ -317,17 +396,18 @@ INLINE void score(float (*scores)[QUERIES], const float *query, int64_t count, i
 static void attend(float *out, const float *q, int64_t stride, const float *k_cache, const float *v_cache,
                    const int32_t *pages, int64_t first, int64_t tokens, int64_t window, int64_t head, int64_t hkv,
                    int64_t group, int64_t dim, int64_t page, float scale) {
-    float rows[QUERIES * MAX_DIM], packed[QUERIES * MAX_DIM], acc[QUERIES * MAX_DIM], p[QUERIES][MAX_PAGE];
+    float rows[QUERIES * MAX_DIM], packed[QUERIES * MAX_DIM], acc[QUERIES * MAX_DIM];
     float scores[MAX_PAGE + PANEL_ROWS][QUERIES], best[QUERIES], total[QUERIES], fade[QUERIES];
     int64_t count = tokens * group, end = first + tokens;
     int wide = QUERIES % PANEL == 0 && in_panels(count);
     for (int64_t r = 0; r < count; r++) {
         const float *from = q + r / group * stride + r % group * dim;
         for (int64_t d = 0; d < dim; d++) rows[r * dim + d] = from[d] * scale;
-        best[r] = -INFINITY, total[r] = 0.0f;
     }
+    for (int64_t r = 0; r < QUERIES; r++) best[r] = -1e30f, total[r] = 0.0f; /* finite: infinity less itself is NaN */
     if (wide)
-        for (int64_t r = 0; r < count; r += PANEL) pack(packed + r * dim, rows + r * dim, 0, 0.0f, count - r, dim);
+        for (int64_t r = 0; r < count; r += PANEL) 
+            pack(packed + r * dim, rows + r * dim, 0, 0.0f, min(count - r, PANEL), dim);
     memset(acc, 0, (size_t)(count * dim) * sizeof(float));
     for (int64_t at = first >= window ? first - window + 1 : 0, keys; at < end; at += keys) {
         keys = min(page - at % page, end - at);
@@ -336,25 +416,28 @@ static void attend(float *out, const float *q, int64_t stride, const float *k_ca
         if (at + keys < end) next = k_cache + (pages[at / page + 1] * hkv + head) * page * dim;
         score(scores, wide ? packed : rows, count, wide, k_cache + base, v, keys, dim);
         for (int64_t r = 0; r < count; r++) { /* of this page, row r sees the keys from ... to - 1 */
-            int64_t last = first + r / group - at, to = min(last + 1, keys);
-            int64_t from = last >= window ? last - window + 1 : 0;
-            float most = best[r], sum = 0.0f;
-            memset(p[r], 0, (size_t)keys * sizeof(float));
-            fade[r] = 1.0f;
-            if (from >= to) continue;
-            for (int64_t t = from; t < to; t++) most = scores[t][r] > most ? scores[t][r] : most;
-            for (int64_t t = from; t < to; t++) p[r][t] = scores[t][r];
-            for (int64_t t = from; t < to; t++) p[r][t] = exp_(p[r][t] - most);
-            for (int64_t t = from; t < to; t++) sum += p[r][t];
-            fade[r] = exp_(best[r] - most);
-            total[r] = total[r] * fade[r] + sum;
-            best[r] = most;
+            int64_t last = first + r / group - at, from = last >= window ? last - window + 1 : 0;
+            for (int64_t t = 0; t < min(from, keys); t++) scores[t][r] = -INFINITY;
+            for (int64_t t = last < 0 ? 0 : last + 1; t < keys; t++) scores[t][r] = -INFINITY;
+        }
+        for (int64_t r = 0; r < count; r += LANES) {
+            vec most = load(best + r), sum = {0};
+            for (int64_t t = 0; t < keys; t++) most = max_of(load(scores[t] + r), most);
+            for (int64_t t = 0; t < keys; t++) {
+                vec p = exp_(load(scores[t] + r) - most);
+                store(scores[t] + r, p);
+                sum += p;
+            }
+            store(fade + r, exp_(load(best + r) - most));
+            store(total + r, load(total + r) * load(fade + r) + sum);
+            store(best + r, most);
         }
         int64_t r = 0;
+        for (; r + 2 * DOT_COLS <= count; r += 2 * DOT_COLS)
+            weigh(2 * DOT_COLS, acc + r * dim, scores[0] + r, v, fade + r, keys, dim, next);
         for (; r + DOT_COLS <= count; r += DOT_COLS)
-            weigh(DOT_COLS, acc + r * dim, p + r, v, fade + r, keys, dim, next);
-        if (count - r == 1) weigh(1, acc + r * dim, p + r, v, fade + r, keys, dim, next);
-        if (count - r == 2) weigh(2, acc + r * dim, p + r, v, fade + r, keys, dim, next);
+            weigh(DOT_COLS, acc + r * dim, scores[0] + r, v, fade + r, keys, dim, next);
+        for (; r < count; r++) weigh(1, acc + r * dim, scores[0] + r, v, fade + r, keys, dim, next);
     }
     for (int64_t r = 0; r < count; r++)
         for (int64_t d = 0; d < dim; d++)

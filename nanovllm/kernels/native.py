@@ -18,6 +18,7 @@ import os
 import platform
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ from nanovllm.kernels.jit import interpreting
 
 logger = logging.getLogger(__name__)
 
-MAX_GROUP, MAX_DIM, MAX_TILE, PADDING = 48, 256, 128, 31  # QUERIES, MAX_DIM, MAX_TILE, PANEL - 1 of native.c, at most
+MAX_GROUP, MAX_DIM = 48, 256  # QUERIES and MAX_DIM of native.c
+MIN_FEW, MAX_FEW, MAX_TILE, PADDING = 64, 128, 64, 31  # the same of its linear layers; PADDING is PANEL - 1, at most
 _ALL_KEYS = 2**31  # as a window
 _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = (
@@ -36,7 +38,7 @@ _FLAGS = (
 _TIMEOUT_S = 120.0
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
 _SIGNATURES = {
-    "linear": (_POINTER,) * 4 + (_FLOAT,) + (_POINTER,) * 2 + (_LONG,) * 3 + (_INT,) * 2,
+    "linear": (_POINTER,) * 4 + (_FLOAT,) + (_POINTER,) * 2 + (_LONG,) * 3 + (_INT,) * 2 + (_LONG,),
     "rope_store": (_POINTER,) * 6 + (_FLOAT,) + (_POINTER,) * 3 + (_LONG,) * 5,
     "attention": (_POINTER,) * 7 + (_LONG,) * 6 + (_FLOAT, _LONG),
     "lanes": (),
@@ -180,12 +182,27 @@ def _linear(
     norm_weight: torch.Tensor | None, eps: float, swiglu: bool, add: bool,
 ) -> None:  # fmt: skip
     k = weight.shape[1]
-    m, n = x.numel() // k, y.shape[-1]
-    scratch = x.new_empty(min(m + PADDING, MAX_TILE) * k)
+    m, n, threads = x.numel() // k, y.shape[-1], torch.get_num_threads()
+    own = m + PADDING if m <= MIN_FEW else max(m + PADDING, MAX_TILE) if m <= MAX_FEW else MAX_TILE  # rows a thread
+    shared = m if m > MIN_FEW and norm_weight is not None else 0
     library().linear(
-        y.data_ptr(), x.data_ptr(), weight.data_ptr(), _address(norm_weight), eps, _address(bias), scratch.data_ptr(),
-        m, n, k, swiglu, add,
+        y.data_ptr(), x.data_ptr(), weight.data_ptr(), _address(norm_weight), eps, _address(bias),
+        _scratch.address((own * threads + shared) * k), m, n, k, swiglu, add, threads,
     )  # fmt: skip
+
+
+class _Scratch(threading.local):
+    """Memory that a call may write, kept for the thread's next one: to have it anew costs as much as a small call."""
+
+    floats = torch.empty(0)
+
+    def address(self, size: int) -> int:
+        if self.floats.numel() < size:
+            self.floats = torch.empty(size)
+        return self.floats.data_ptr()
+
+
+_scratch = _Scratch()
 
 
 def qk_norm_rope_store(
