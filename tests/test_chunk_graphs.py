@@ -41,7 +41,7 @@ def test_a_step_takes_the_smallest_graph_with_room() -> None:
     assert graphs.key_for(33, 2, 5) == (64, 16)
     assert graphs.key_for(300, 16, 5) == (512, 16)
     assert graphs.key_for(2048, 16, MAX_UNSPLIT_CONTEXT) == (2048, 16)
-    for step in ((2049, 1, 0), (40, 17, 0), (40, 2, MAX_UNSPLIT_CONTEXT + 1)):
+    for step in ((4097, 1, 0), (2049, 2, 0), (40, 17, 0), (40, 2, MAX_UNSPLIT_CONTEXT + 1)):
         assert graphs.key_for(*step) is None
 
 
