@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from nanovllm.kernels.fusion_config import MAX_GEMV_ROWS, MAX_PANEL_ROWS, FusionConfig, Problem
 from nanovllm.kernels.launch_config import Gpu, cdiv, next_power_of_2
 
+MIN_TILE_ROWS = 16  # below, panels, which hold the same weights without padding x to 16 rows
 MAX_TILE_ROWS = 64  # above, a few large tiles are tried, mostly to show that cuBLAS is better
+MAX_UNROLLED = 32  # chunks of a row in a panel: compile time grows with their square, 64 take a quarter of a minute
 MAX_ROWS = 128  # above, nothing is tried: the product is bound by arithmetic, and large tiles lost at 128 (H200)
 FLIGHT = 32 * 1024  # bytes of weight per SM that a pipeline should keep on the way
 _LARGE_TILES = ((64, 128, 64, 4, 4), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4))
@@ -30,7 +32,7 @@ def candidates(problem: Problem, gpu: Gpu, *, pdl: bool = False) -> list[FusionC
         found += _gemvs(problem)
     if problem.element_size == 2 and problem.m <= MAX_PANEL_ROWS:
         found += _panels(problem)
-    if 2 <= problem.m <= MAX_TILE_ROWS:
+    if MIN_TILE_ROWS <= problem.m <= MAX_TILE_ROWS:
         found += _tiles(problem, gpu)
     elif MAX_TILE_ROWS < problem.m <= MAX_ROWS:
         found += [FusionConfig("tile", *blocks) for blocks in _LARGE_TILES]
@@ -57,6 +59,8 @@ def _panels(problem: Problem) -> list[FusionConfig]:
     for block_n, warps in itertools.product((8, 16, 32), (2, 4, 8)):
         width = 32 * warps
         whole = cdiv(problem.k, width)
+        if whole > MAX_UNROLLED:
+            continue
         for chunks in {whole, *(c for c in (4, 8, 16) if c < whole)}:
             if 128 <= block_n * chunks * 2 <= 512 or chunks == whole and block_n * chunks * 2 < 128:
                 found.append(FusionConfig("panel", block_m, block_n, chunks * width, warps))
@@ -67,18 +71,18 @@ def _tiles(problem: Problem, gpu: Gpu) -> list[FusionConfig]:
     """Every tile whose products divide among its warps, with as many stages as keep enough of the weight in flight."""
     block_m, size = max(16, next_power_of_2(problem.m)), problem.element_size
     found = []
-    for block_n, block_k, warps in itertools.product((16, 32, 64, 128), (64, 128, 256, 512), (2, 4, 8)):
+    for block_n, block_k, warps in itertools.product((16, 32, 64, 128), (64, 128, 256), (4, 8)):
         steps, programs = cdiv(problem.k, block_k), cdiv(problem.weight_rows, block_n)
-        if block_k == 512 and (block_n > 16 or block_m > 16) or steps < 2:
+        if steps < 2:
             continue
         # A warp's share of the tile: not so much that registers spill, not so little that warps repeat work.
         if not 128 <= block_n * block_m // warps <= 2048 and block_n * block_k // warps < 2048:
             continue
-        if block_n > 32 and programs < gpu.num_sms // 3 or warps == 2 and block_n > 64:
+        if block_n > 32 and programs < gpu.num_sms // 3:
             continue
         stage = (block_n + block_m) * block_k * size
         most = max(2, min(7, gpu.shared_memory // stage, steps))
-        for flight in (FLIGHT, 2 * FLIGHT, 4 * FLIGHT):
+        for flight in (FLIGHT, 2 * FLIGHT):
             stages = min(most, _stages(flight, block_n * block_k * size, stage, programs, gpu))
             found.append(FusionConfig("tile", block_m, block_n, block_k, warps, stages))
     return found
