@@ -95,10 +95,9 @@ class InputBuilder:
         """The graph for which inputs were published is under way: it advances the device's turn, this the host's."""
         self._num_published += 1
 
-    def restart(self) -> None:
-        """Both sides begin with slot 0, whatever has been run to record graphs."""
-        self._turn.zero_()
-        self._num_published = 0
+    def agree(self) -> None:
+        """Make the device's turn the host's, whatever has been run meanwhile: see `ModelRunner.drain`."""
+        self._turn.fill_(self._num_published % IN_FLIGHT)
 
     def fetch(self, rows: int, max_context: int) -> None:
         """Bring the published inputs of `rows` rows, none of a longer context, into the fixed buffers."""

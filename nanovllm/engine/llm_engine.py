@@ -183,8 +183,8 @@ class LLMEngine:
             return StepInfo(0, 0)
         except BaseException:  # an interrupt: the step did not happen
             self.scheduler.rollback(batch)
-            self._settle(keep=0)
             self.runner.drain()
+            self._settle(keep=0)
             raise
         return StepInfo(batch.num_tokens, batch.num_tokens - batch.num_decodes)
 
