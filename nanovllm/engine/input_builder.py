@@ -128,13 +128,13 @@ class InputBuilder:
         return ForwardBatch(ids, positions, metadata, logits_rows=None, sampled=self._sampled)
 
     def _update_table_row(self, row: int, item: ScheduledSequence) -> None:
-        owner = (item.seq.seq_id, item.seq.num_preemptions)
-        blocks, have = item.block_table, self._row_blocks[row]
-        if self._row_owner[row] != owner:
-            self._row_owner[row], have = owner, 0
+        owner, blocks = (item.seq.seq_id, item.seq.num_preemptions), item.block_table
+        have = self._row_blocks[row] if self._row_owner[row] == owner else 0
         if have < len(blocks):
+            self._row_owner[row] = None  # an interrupt leaves a row that is written anew
             self._table.host[row, have : len(blocks)] = blocks[have:]
             self._row_blocks[row] = len(blocks)
+            self._row_owner[row] = owner
 
     # -- tokens in flight --------------------------------------------------------------------------------------------
 
