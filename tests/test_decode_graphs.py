@@ -1,4 +1,4 @@
-"""Decode graphs without a GPU: what a step takes from the host's slots, and that both sides keep to the same turn.
+"""Graphs without a GPU: decodes from the host's slots, the turn that both sides keep, and whole lives of an engine.
 
 A stand-in runs what a graph would have recorded, when it is asked for; `tests/test_gpu_engine.py` runs the graphs.
 """
@@ -8,15 +8,19 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from engine_lives import random_life
+from test_chunk_graphs import Unrecorded as UnrecordedChunks
 from test_decode_chain import OPTIONS
 from tiny_models import save_model
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.cuda_graph import DecodeGraphs, graph_sizes
+from nanovllm.engine import cuda_graph
+from nanovllm.engine.cuda_graph import DecodeGraphs
 from nanovllm.engine.model_runner import ModelRunner
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
@@ -31,7 +35,8 @@ class Unrecorded(DecodeGraphs):
     fault: BaseException | None = None
 
     def __init__(self, runner: ModelRunner) -> None:
-        super().__init__(runner.decode_and_sample, graph_sizes(runner.config.max_num_seqs), runner.max_model_len, 0)
+        sizes = sorted({1, runner.config.max_num_seqs})  # all others are padded
+        super().__init__(runner.decode_and_sample, sizes, runner.max_model_len, 0)
 
     def replay(self, size: int, max_context: int) -> torch.Tensor:
         with torch.inference_mode():
@@ -93,3 +98,25 @@ def test_a_launch_that_did_not_return_leaves_the_turn_right(
         assert request.output()["token_ids"] == wanted
     outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
     assert [output["token_ids"] for output in outputs] == answers
+
+
+@pytest.mark.parametrize(("kind", "seqs", "budget"), [("qwen3_tied", 8, 64), ("mistral", 8, 64), ("qwen2", 1, 20)])
+def test_a_life_in_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, seqs: int, budget: int) -> None:
+    """Steps of both kinds in turn, stops, aborts, preemptions; padding has no say in any of it."""
+    save_model(kind, tmp_path)
+    monkeypatch.setattr(cuda_graph, "CHUNK_SIZES", ((8, 1), (16, 1), (64, 1), (16, 4), (64, 8)))
+    options: dict[str, Any] = {
+        **OPTIONS, "attention_backend": "native", "fusion": "off", "max_model_len": 128, "max_num_seqs": seqs,
+        "max_num_batched_tokens": budget,
+    }  # fmt: skip
+    lives, used = [], list[tuple[int, int]]()
+    for in_graphs in (False, True):
+        with LLM(str(tmp_path), **options, async_scheduling=True) as llm:
+            runner = llm.engine.runner
+            if in_graphs:
+                runner.graphs = Unrecorded(runner)
+                runner.chunk_graphs = chunks = UnrecordedChunks(runner.forward_chunks, runner.token_budget, seqs)
+                chunks.used = used
+            lives.append(random_life(llm, seed=3, num_steps=150, vocab_size=211)[0])
+    assert lives[0] == lives[1] and len(lives[0]) > 10
+    assert {1, seqs} <= {size[1] for size in used}
