@@ -17,6 +17,7 @@ from tiny_models import save_model
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import cuda_graph
 from nanovllm.engine.cuda_graph import CHUNK_SIZES, MAX_UNSPLIT_CONTEXT, ChunkGraphs, Key
+from nanovllm.engine.input_builder import InputBuilder
 
 
 class Unrecorded(ChunkGraphs):
@@ -52,6 +53,13 @@ def test_graphs_stay_within_the_engines_limits() -> None:
     assert ChunkGraphs(forward, 130, 4).key_for(131, 1, 0) is None
     assert ChunkGraphs(forward, 16, 1).key_for(1, 1, 0) is None
     assert all(seqs <= 16 for _, seqs in CHUNK_SIZES)
+
+
+def test_arrays_of_a_size_are_made_once() -> None:
+    """Also of the largest size in the smallest engine: one block a sequence, and no room to spare."""
+    inputs = InputBuilder(1, 32, 8, 8, torch.device("cpu"))
+    first, second = inputs.chunk_view(32, 1), inputs.chunk_view(32, 1)
+    assert first.input_ids is second.input_ids and first.attention.block_table is second.attention.block_table
 
 
 @pytest.mark.interpret

@@ -7,6 +7,7 @@ import contextlib
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -465,6 +466,26 @@ def test_interrupted_wait_loses_no_token(crowded: LLM, long_answers: list[list[i
         requests = run_with_one_fault(crowded, "collect", turn, KeyboardInterrupt(), True)
         for request, answer in zip(requests, long_answers, strict=False):
             assert request.output()["token_ids"] == answer[: request.params.max_tokens], turn
+
+
+def test_interrupt_right_behind_a_launch(crowded: LLM, long_answers: list[list[int]]) -> None:
+    """The step is queued and counted as in flight; it must not be undone and given its tokens, both."""
+
+    class Interrupting(deque[Any]):
+        left = 3
+
+        def append(self, item: Any) -> None:
+            super().append(item)
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+
+    engine = crowded.engine
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_in_flight", Interrupting())
+        requests = run_with_one_fault(crowded, "launch", 999, KeyboardInterrupt(), True)
+    for request, answer in zip(requests, long_answers, strict=False):
+        assert request.output()["token_ids"] == answer[: request.params.max_tokens]
 
 
 def test_last_token_in_flight_survives_a_failing_launch(

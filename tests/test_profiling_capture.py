@@ -37,7 +37,7 @@ class FakeEngine:
     def __init__(self, log: list[str]) -> None:
         self.log, self.running, self.made = log, [], []
         self.scheduler = self
-        self.runner = SimpleNamespace(graphs=None)
+        self.runner = SimpleNamespace(graphs=None, drain=lambda: log.append("drain"))
 
     def make_request(self, prompt: list[int], params: Any) -> SimpleNamespace:
         request = SimpleNamespace(
@@ -106,7 +106,7 @@ def test_a_decode_window_holds_decode_steps_only(name: str) -> None:
     exact = case.batch * sum(141 + k for k in range(case.steps))
     assert counts.kv_tokens == pytest.approx(exact, rel=0.01)
     running.close()
-    assert not engine.running
+    assert not engine.running and log[-1] == "drain", "what ran behind the engine may have taken turns"
 
 
 def test_prefill_records_one_request_a_step() -> None:

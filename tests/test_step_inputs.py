@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from nanovllm.engine.batch import ScheduledBatch, ScheduledSequence
+from nanovllm.engine.input_builder import InputBuilder
+from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels.fetch import fetch_step_
 from nanovllm.kernels.sample import TokenSink, sample
 
@@ -44,6 +47,26 @@ def test_a_step_fetches_its_rows_of_the_slot_whose_turn_it_is(device: str, slot:
     for got, wanted in zip((numbers, lengths, table), expected, strict=True):
         assert torch.equal(got.cpu(), wanted)
     assert turn.tolist() == [slot, slot]
+
+
+def test_an_interrupted_row_of_the_table_is_written_anew() -> None:
+    """The row was another sequence's, with more blocks; the interrupt comes before the new one's are in it."""
+
+    def decode(seq_id: int, blocks: list[int]) -> ScheduledBatch:
+        seq = Sequence(seq_id, "request", [7] * (8 * len(blocks)), max_tokens=5)
+        item = ScheduledSequence(seq, len(seq.token_ids) - 1, 1, True, True, 0, blocks)
+        return ScheduledBatch((item,), 1, 1, 1)
+
+    class Interrupted(list[int]):
+        def __getitem__(self, part: Any) -> Any:
+            raise KeyboardInterrupt
+
+    inputs = InputBuilder(1, 32, 64, 8, torch.device("cpu"))
+    inputs.build_decode(decode(1, [1, 2, 3]), 1)
+    with pytest.raises(KeyboardInterrupt):
+        inputs.build_decode(decode(2, Interrupted([4, 5])), 1)
+    table = inputs.build_decode(decode(2, [4, 5]), 1).attention.block_table
+    assert table[0, :2].tolist() == [4, 5]
 
 
 @pytest.mark.parametrize("device", kernel_devices)

@@ -1,8 +1,8 @@
-"""From a `ScheduledBatch` (plain Python) to a `ForwardBatch` (tensors): one packed copy to the device a step.
+"""From a `ScheduledBatch` (plain Python) to a `ForwardBatch` (tensors), in one packed transfer to the device a step.
 
 Decode-only steps use buffers at fixed addresses, which is what lets a CUDA graph replay them; the graph fetches what
 goes into them. Their block table is kept between steps and only new blocks are written. Steps with prefill chunks are
-packed to their exact size.
+packed to their exact size, or to that of a graph, whose arrays lie at the same addresses each time.
 
 A token that a step in flight samples is named by the row where it will be (`kernels.feed`); `feed` puts it in place.
 """
@@ -34,6 +34,7 @@ class InputBuilder:
         rows, tokens = max_num_seqs, max_num_batched_tokens
         table_bytes = rows * self.max_blocks * 4
         self.mixed = Staging(tokens * 24 + rows * 24 + table_bytes + 256, device)
+        self._chunks: dict[tuple[int, int], list[Section]] = {}  # by size
         self.decode = Staging(rows * 32 + table_bytes + 256, device)
         self._numbers, self._context_lens, self._table = self.decode.reserve(
             [((3, rows), _I64), ((rows,), _I32), ((rows, self.max_blocks), _I32)]
@@ -95,10 +96,9 @@ class InputBuilder:
         """The graph for which inputs were published is under way: it advances the device's turn, this the host's."""
         self._num_published += 1
 
-    def restart(self) -> None:
-        """Both sides begin with slot 0, whatever has been run to record graphs."""
-        self._turn.zero_()
-        self._num_published = 0
+    def agree(self) -> None:
+        """Make the device's turn the host's, whatever has been run meanwhile: see `ModelRunner.drain`."""
+        self._turn.fill_(self._num_published % IN_FLIGHT)
 
     def fetch(self, rows: int, max_context: int) -> None:
         """Bring the published inputs of `rows` rows, none of a longer context, into the fixed buffers."""
@@ -128,13 +128,13 @@ class InputBuilder:
         return ForwardBatch(ids, positions, metadata, logits_rows=None, sampled=self._sampled)
 
     def _update_table_row(self, row: int, item: ScheduledSequence) -> None:
-        owner = (item.seq.seq_id, item.seq.num_preemptions)
-        blocks, have = item.block_table, self._row_blocks[row]
-        if self._row_owner[row] != owner:
-            self._row_owner[row], have = owner, 0
+        owner, blocks = (item.seq.seq_id, item.seq.num_preemptions), item.block_table
+        have = self._row_blocks[row] if self._row_owner[row] == owner else 0
         if have < len(blocks):
+            self._row_owner[row] = None  # an interrupt leaves a row that is written anew
             self._table.host[row, have : len(blocks)] = blocks[have:]
             self._row_blocks[row] = len(blocks)
+            self._row_owner[row] = owner
 
     # -- tokens in flight --------------------------------------------------------------------------------------------
 
@@ -176,10 +176,7 @@ class InputBuilder:
         """
         items, b, t = batch.scheduled, len(batch.scheduled), batch.num_tokens
         width = max(len(item.block_table) for item in items)
-        if size is None:
-            sections = self._mixed_sections(t, b, batch.num_samples, width)
-        else:
-            sections = self._mixed_sections(size[0], size[1], size[1], self.max_blocks)
+        sections = self._chunk_sections(size) if size else self._mixed_sections(t, b, batch.num_samples, width)
         ids, positions, slots, rows, query_start, context_lens, table = (section.host for section in sections)
         query_lens = [item.num_tokens for item in items]
         query_start[0] = 0
@@ -217,7 +214,7 @@ class InputBuilder:
 
     def chunk_view(self, tokens: int, seqs: int) -> ForwardBatch:
         """Where `build` leaves a step of this size: the same memory each time."""
-        sections = self._mixed_sections(tokens, seqs, seqs, self.max_blocks)
+        sections = self._chunk_sections((tokens, seqs))
         ids, positions, slots, rows, query_start, context_lens, table = (section.device for section in sections)
         metadata = AttentionMetadata(
             num_decodes=0,
@@ -231,6 +228,12 @@ class InputBuilder:
             context_lens_cpu=[self.max_model_len] * seqs,
         )
         return ForwardBatch(ids, positions, metadata, rows)
+
+    def _chunk_sections(self, size: tuple[int, int]) -> list[Section]:
+        """`_mixed_sections` of a graph's size (tokens, sequences), made once."""
+        if size not in self._chunks:
+            self._chunks[size] = self._mixed_sections(size[0], size[1], size[1], self.max_blocks)
+        return self._chunks[size]
 
     def _mixed_sections(self, tokens: int, seqs: int, samples: int, width: int) -> list[Section]:
         """Token ids, positions, slots, rows of logits, query starts, context lengths, block table."""

@@ -181,10 +181,11 @@ class LLMEngine:
             self.runner.drain()  # part of it may be queued, and write what later steps use
             self._fail([batch], f"the step failed: {error}")
             return StepInfo(0, 0)
-        except BaseException:  # an interrupt: the step did not happen
-            self.scheduler.rollback(batch)
-            self._settle(keep=0)
+        except BaseException:  # an interrupt: the step did not happen, unless all that is left was to say so
+            if not (self._in_flight and self._in_flight[-1][0] is batch):
+                self.scheduler.rollback(batch)
             self.runner.drain()
+            self._settle(keep=0)
             raise
         return StepInfo(batch.num_tokens, batch.num_tokens - batch.num_decodes)
 

@@ -117,7 +117,7 @@ class ModelRunner:
         sizes = graph_sizes(config.max_num_seqs)
         self.graphs = DecodeGraphs(self.decode_and_sample, sizes, self.max_model_len, self.loaded.fused_rows)
         pool = self.graphs.capture("decodes", config.show_progress)
-        self.inputs.restart()
+        self.inputs.agree()  # what is run before it is recorded takes turns too
         self.chunk_graphs = ChunkGraphs(self.forward_chunks, self.token_budget, config.max_num_seqs)
         self.chunk_graphs.capture("prefill", config.show_progress, pool)
 
@@ -305,11 +305,14 @@ class ModelRunner:
     def drain(self) -> None:
         """Wait for what is queued on the device, without its results: it may write buffers of the host.
 
+        Needed after a launch that did not return, and after graphs that were run by others than `launch`: of those the
+        host cannot say whether they advanced the device's turn, so the two agree about it anew.
         A device that failed says so where results are asked for; here it only has nothing left to wait for.
         """
-        if self.device.type == "cuda":
-            with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError):
+            if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
+            self.inputs.agree()
 
     def close(self) -> None:
         """Drop everything on the device; the runner cannot be used afterwards."""

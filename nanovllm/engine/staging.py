@@ -11,11 +11,14 @@ takes its inputs from a slot itself (`kernels.fetch`): then the host only publis
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
 IN_FLIGHT = 2  # steps whose work may be queued on the device at a time
 _ALIGN = 16  # bytes; lets kernels load any packed array with full vector width
+_TORCH_DTYPES = {"int64": torch.int64, "int32": torch.int32, "float32": torch.float32}
 
 
 class Staging:
@@ -35,7 +38,7 @@ class Staging:
         """Lay out arrays of fixed shapes one after the other; ValueError if they exceed the capacity."""
         sections, offset = [], 0
         for shape, dtype in shapes:
-            size = int(np.prod(shape)) * dtype.itemsize
+            size = math.prod(shape) * dtype.itemsize
             if offset + size > self._host.numel():
                 raise ValueError(f"staging buffer of {self._host.numel()} bytes is too small for {shapes}")
             sections.append(Section(self._host, self._device, self._pinned, offset, shape, dtype))
@@ -56,7 +59,10 @@ class Staging:
 
 
 class Section:
-    """One array of a `Staging`: `host` is NumPy's view of it, `device` and `slots` torch's. All alias the buffers."""
+    """One array of a `Staging`: `host` is NumPy's view of it, `device` torch's. All alias the buffers.
+
+    Making one takes longer than filling it: keep those that are needed again.
+    """
 
     def __init__(
         self,
@@ -67,12 +73,16 @@ class Section:
         shape: tuple[int, ...],
         dtype: np.dtype,
     ) -> None:
-        size = int(np.prod(shape)) * dtype.itemsize
-        self.offset, self.end = offset, offset + size
-        torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
-        self.host: np.ndarray = host[offset : offset + size].numpy().view(dtype).reshape(shape)
-        self.device: torch.Tensor = device[offset : offset + size].view(torch_dtype).view(shape)
-        self.slots: torch.Tensor = slots[:, offset : offset + size].view(torch_dtype).unflatten(1, shape)  # [slots, …]
+        self.offset, self.end = offset, offset + math.prod(shape) * dtype.itemsize
+        self.host: np.ndarray = host[offset : self.end].numpy().view(dtype).reshape(shape)
+        self.device: torch.Tensor = device[offset : self.end].view(_TORCH_DTYPES[dtype.name]).view(shape)
+        self._slots = slots
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """The array in each of the pinned slots: [slots, …]."""
+        part = self._slots[:, self.offset : self.end].view(self.device.dtype)
+        return part.unflatten(1, self.device.shape)
 
     def end_of_rows(self, rows: int) -> int:
         """Byte offset behind the first `rows` rows: how far a copy must reach to include them."""

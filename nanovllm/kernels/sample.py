@@ -156,6 +156,15 @@ class TokenSink:
     echo: torch.Tensor | None = None  # int64 [slots, >= R], pinned: the host reads it without asking for a copy
     turn: torch.Tensor | None = None  # int64 [2] on the device: its second is the row of `echo`; see `kernels.fetch`
 
+    def take(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What `_pick_kernel` does with its tokens [R], in PyTorch."""
+        rows = tokens.shape[0]
+        if self.echo is not None and self.turn is not None:
+            slot = int(self.turn[1])
+            self.echo[slot, :rows].copy_(tokens)
+            self.turn[0] = (slot + 1) % self.echo.shape[0]
+        return self.tokens[:rows].copy_(tokens)
+
 
 def sample(
     logits: torch.Tensor,
@@ -181,7 +190,7 @@ def sample(
             raise ValueError(f"{name} must have shape ({rows},) to match logits, got {tuple(tensor.shape)}")
     if rows == 0 or not use_triton(logits):
         tokens = sample_reference.sample(logits, temperature, seeds, positions, threshold)
-        return tokens if sink is None else sink.tokens[:rows].copy_(tokens)
+        return tokens if sink is None else sink.take(tokens)
     require_unit_stride(logits=logits, **vectors)
     pdl = gpu_of(logits.device).pdl
     dependent = {"launch_pdl": True} if pdl else {}

@@ -94,9 +94,10 @@ class Running:
             self.engine.runner.decode_and_sample(size, context)
 
     def close(self) -> None:
-        """End its requests."""
+        """End its requests; the engine may have been led past steps that it does not know of."""
         for request in self._requests:
             self.engine.abort(request.request_id)
+        self.engine.runner.drain()
 
 
 def _params(max_tokens: int) -> SamplingParams:

@@ -47,7 +47,11 @@ class AttentionSpec:
 
 
 class AttentionBackend(ABC):
-    """Attention of one step. A CUDA graph may capture `forward` if `graph_safe` and the step is all decodes."""
+    """Attention of one step.
+
+    `graph_safe`: a CUDA graph may capture `forward`, of decodes and of chunks. Its replays have other contents in the
+    metadata's tensors, and of its host fields only the bounds hold: a sequence may be shorter, or empty.
+    """
 
     name: ClassVar[str]
     graph_safe: ClassVar[bool] = False
