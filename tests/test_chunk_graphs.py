@@ -16,7 +16,7 @@ from tiny_models import save_model
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import cuda_graph
-from nanovllm.engine.cuda_graph import CHUNK_SIZES, MAX_UNSPLIT_CONTEXT, ChunkGraphs, Key
+from nanovllm.engine.cuda_graph import CHUNK_SIZES, MAX_DECODE_CONTEXT, MAX_DECODE_KEYS, ChunkGraphs, Key
 from nanovllm.engine.input_builder import InputBuilder
 
 
@@ -36,23 +36,32 @@ def forward(tokens: int, seqs: int) -> torch.Tensor:
 
 def test_a_step_takes_the_smallest_graph_with_room() -> None:
     graphs = ChunkGraphs(forward, 8192, 256)
-    assert graphs.key_for(1, 1, 0) == (32, 1)
-    assert graphs.key_for(32, 1, 0) == (32, 1)
-    assert graphs.key_for(33, 1, 0) == (64, 1)
-    assert graphs.key_for(33, 2, 5) == (64, 16)
-    assert graphs.key_for(300, 16, 5) == (512, 16)
-    assert graphs.key_for(2048, 16, MAX_UNSPLIT_CONTEXT) == (2048, 16)
-    for step in ((4097, 1, 0), (2049, 2, 0), (40, 17, 0), (40, 2, MAX_UNSPLIT_CONTEXT + 1)):
-        assert graphs.key_for(*step) is None
+    assert graphs.key_for(1, 1, []) == (32, 1)
+    assert graphs.key_for(32, 1, []) == (32, 1)
+    assert graphs.key_for(33, 1, []) == (64, 1)
+    assert graphs.key_for(33, 2, [5]) == (64, 16)
+    assert graphs.key_for(300, 16, [5]) == (512, 16)
+    assert graphs.key_for(300, 17, [5] * 16) == (512, 64)
+    assert graphs.key_for(2048, 16, [MAX_DECODE_CONTEXT]) == (2048, 16)
+    for step in ((4097, 1), (2049, 2), (80, 65)):
+        assert graphs.key_for(*step, []) is None
+
+
+def test_long_contexts_beside_a_chunk_take_no_graph() -> None:
+    graphs = ChunkGraphs(forward, 8192, 256)
+    assert graphs.key_for(40, 2, [MAX_DECODE_CONTEXT + 1]) is None
+    many = [MAX_DECODE_KEYS // 32] * 32
+    assert graphs.key_for(100, 40, many) == (128, 64)
+    assert graphs.key_for(100, 40, [*many, 1]) is None
 
 
 def test_graphs_stay_within_the_engines_limits() -> None:
-    assert {key for tokens in (32, 64, 128) for key in [ChunkGraphs(forward, 130, 4).key_for(tokens, 4, 0)]} == {
+    assert {key for tokens in (32, 64, 128) for key in [ChunkGraphs(forward, 130, 4).key_for(tokens, 4, [])]} == {
         (64, 4), (128, 4)
     }  # fmt: skip
-    assert ChunkGraphs(forward, 130, 4).key_for(131, 1, 0) is None
-    assert ChunkGraphs(forward, 16, 1).key_for(1, 1, 0) is None
-    assert all(seqs <= 16 for _, seqs in CHUNK_SIZES)
+    assert ChunkGraphs(forward, 130, 4).key_for(131, 1, []) is None
+    assert ChunkGraphs(forward, 16, 1).key_for(1, 1, []) is None
+    assert all(seqs <= 64 for _, seqs in CHUNK_SIZES)
 
 
 def test_arrays_of_a_size_are_made_once() -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,11 @@ Key = tuple[int, int]  # (rows, longest context), or (tokens, sequences)
 CHUNK_SIZES: tuple[Key, ...] = (
     *((tokens, 1) for tokens in (32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)),
     *((tokens, 16) for tokens in (64, 128, 256, 512, 1024, 2048)),
+    *((tokens, 64) for tokens in (128, 256, 512, 1024, 2048)),
 )
-MAX_UNSPLIT_CONTEXT = 8192  # of a decode among chunks, whose keys one program reads: beyond, that would take longer
+# Of the decodes among chunks: the longest context, whose keys one program reads, and all contexts together, which the
+# kernel for decodes reads faster. Beyond, launching one by one costs less than that.
+MAX_DECODE_CONTEXT, MAX_DECODE_KEYS = 8192, 65_536
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -114,9 +117,9 @@ class ChunkGraphs(_Graphs):
         sizes = {(tokens, min(seqs, max_seqs)) for tokens, seqs in CHUNK_SIZES if tokens <= max_tokens}
         super().__init__(forward, sorted(sizes, reverse=True))
 
-    def key_for(self, num_tokens: int, num_seqs: int, longest_decode: int) -> Key | None:
-        """The smallest graph with room for a step, whose decodes have contexts up to `longest_decode`; None: none."""
-        if longest_decode > MAX_UNSPLIT_CONTEXT:
+    def key_for(self, num_tokens: int, num_seqs: int, decode_contexts: Sequence[int]) -> Key | None:
+        """The smallest graph with room for a step; None if it is better launched operation by operation."""
+        if max(decode_contexts, default=0) > MAX_DECODE_CONTEXT or sum(decode_contexts) > MAX_DECODE_KEYS:
             return None
         room = [key for key in self._keys if key[0] >= num_tokens and key[1] >= num_seqs]
         return min(room, default=None)

@@ -221,8 +221,8 @@ class ModelRunner:
         scores = any(item.scores_prompt for item in batch.scheduled)
         size = None
         if self.chunk_graphs is not None and not lens and not scores:
-            longest = max((item.context_len for item in batch.scheduled[: batch.num_decodes]), default=0)
-            size = self.chunk_graphs.key_for(batch.num_tokens, len(batch.scheduled), longest)
+            decodes = [item.context_len for item in batch.scheduled[: batch.num_decodes]]
+            size = self.chunk_graphs.key_for(batch.num_tokens, len(batch.scheduled), decodes)
         inputs = self.inputs.build(batch, prompt_lens=lens, size=size)
         if self.chunk_graphs is not None and size is not None:
             logits = self.chunk_graphs.replay(size)
