@@ -15,8 +15,7 @@ from test_decode_chain import OPTIONS
 from tiny_models import save_model
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine import cuda_graph
-from nanovllm.engine.cuda_graph import CHUNK_SIZES, MAX_DECODE_CONTEXT, MAX_DECODE_KEYS, ChunkGraphs, Key
+from nanovllm.engine.cuda_graph import CHUNK_SIZES, MAX_DECODE_CONTEXT, MAX_DECODE_KEYS, ChunkGraphs, Key, chunk_sizes
 from nanovllm.engine.input_builder import InputBuilder
 
 
@@ -35,7 +34,7 @@ def forward(tokens: int, seqs: int) -> torch.Tensor:
 
 
 def test_a_step_takes_the_smallest_graph_with_room() -> None:
-    graphs = ChunkGraphs(forward, 8192, 256)
+    graphs = ChunkGraphs(forward, chunk_sizes(8192, 256, 40960))
     assert graphs.key_for(1, 1, []) == (32, 1)
     assert graphs.key_for(32, 1, []) == (32, 1)
     assert graphs.key_for(33, 1, []) == (64, 1)
@@ -48,20 +47,22 @@ def test_a_step_takes_the_smallest_graph_with_room() -> None:
 
 
 def test_long_contexts_beside_a_chunk_take_no_graph() -> None:
-    graphs = ChunkGraphs(forward, 8192, 256)
+    graphs = ChunkGraphs(forward, chunk_sizes(8192, 256, 40960))
     assert graphs.key_for(40, 2, [MAX_DECODE_CONTEXT + 1]) is None
     many = [MAX_DECODE_KEYS // 32] * 32
     assert graphs.key_for(100, 40, many) == (128, 64)
     assert graphs.key_for(100, 40, [*many, 1]) is None
 
 
-def test_graphs_stay_within_the_engines_limits() -> None:
-    assert {key for tokens in (32, 64, 128) for key in [ChunkGraphs(forward, 130, 4).key_for(tokens, 4, [])]} == {
-        (64, 4), (128, 4)
-    }  # fmt: skip
-    assert ChunkGraphs(forward, 130, 4).key_for(131, 1, []) is None
-    assert ChunkGraphs(forward, 16, 1).key_for(1, 1, []) is None
-    assert all(seqs <= 64 for _, seqs in CHUNK_SIZES)
+def test_sizes_are_those_that_a_step_can_have() -> None:
+    assert chunk_sizes(1000, 4, 256) == [
+        (32, 1), (64, 1), (64, 4), (128, 1), (128, 4), (256, 1), (256, 4), (512, 4), (1000, 4)
+    ]  # fmt: skip
+    assert chunk_sizes(16, 1, 4096) == [(16, 1)]
+    largest = chunk_sizes(8192, 256, 40960)
+    assert len(largest) == sum(map(len, CHUNK_SIZES.values())) and largest[-1] == (4096, 1)
+    for tokens in range(1, 1001):  # whatever the budget, a step within it finds room
+        assert ChunkGraphs(forward, chunk_sizes(1000, 4, 256)).key_for(tokens, min(tokens, 4), []) is not None
 
 
 def test_arrays_of_a_size_are_made_once() -> None:
@@ -73,10 +74,9 @@ def test_arrays_of_a_size_are_made_once() -> None:
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("kind", ["qwen3_tied", "mistral"])
-def test_padded_steps_say_what_exact_ones_say(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padded_steps_say_what_exact_ones_say(tmp_path: Path, kind: str) -> None:
     """Chunked prompts beside decodes, chunks that sample nothing, prefix hits, padding tokens and padding sequences."""
     save_model(kind, tmp_path)
-    monkeypatch.setattr(cuda_graph, "CHUNK_SIZES", ((8, 1), (16, 1), (8, 4), (16, 4)))
     options: dict[str, Any] = {**OPTIONS, "max_num_batched_tokens": 16, "fusion": "off"}
     shared = list(range(3, 20))
     prompts = [[5, 6, 7], shared, shared + [30, 31], list(range(40, 70))]
@@ -86,7 +86,7 @@ def test_padded_steps_say_what_exact_ones_say(tmp_path: Path, kind: str, monkeyp
         with LLM(str(tmp_path), **options) as llm:
             runner = llm.engine.runner
             if padded:
-                runner.chunk_graphs = Unrecorded(runner.forward_chunks, 16, 4)
+                runner.chunk_graphs = Unrecorded(runner.forward_chunks, [(8, 1), (16, 1), (8, 4), (16, 4)])
                 runner.chunk_graphs.used = used
             alone = llm.generate(prompts[3], greedy, use_tqdm=False)
             results.append(alone + llm.generate(prompts, greedy, use_tqdm=False))

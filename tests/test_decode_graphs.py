@@ -104,7 +104,7 @@ def test_a_launch_that_did_not_return_leaves_the_turn_right(
 def test_a_life_in_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, seqs: int, budget: int) -> None:
     """Steps of both kinds in turn, stops, aborts, preemptions; padding has no say in any of it."""
     save_model(kind, tmp_path)
-    monkeypatch.setattr(cuda_graph, "CHUNK_SIZES", ((8, 1), (16, 1), (64, 1), (16, 4), (64, 8)))
+    monkeypatch.setattr(cuda_graph, "CHUNK_SIZES", {1: (8, 16, 64), 4: (16,), 8: (64,)})
     options: dict[str, Any] = {
         **OPTIONS, "attention_backend": "native", "fusion": "off", "max_model_len": 128, "max_num_seqs": seqs,
         "max_num_batched_tokens": budget,
@@ -115,7 +115,8 @@ def test_a_life_in_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind:
             runner = llm.engine.runner
             if in_graphs:
                 runner.graphs = Unrecorded(runner)
-                runner.chunk_graphs = chunks = UnrecordedChunks(runner.forward_chunks, runner.token_budget, seqs)
+                sizes = cuda_graph.chunk_sizes(runner.token_budget, seqs, runner.max_model_len)
+                runner.chunk_graphs = chunks = UnrecordedChunks(runner.forward_chunks, sizes)
                 chunks.used = used
             lives.append(random_life(llm, seed=3, num_steps=150, vocab_size=211)[0])
     assert lives[0] == lives[1] and len(lives[0]) > 10

@@ -24,11 +24,11 @@ from tqdm.auto import tqdm
 
 SHORT_CONTEXT = 512
 Key = tuple[int, int]  # (rows, longest context), or (tokens, sequences)
-CHUNK_SIZES: tuple[Key, ...] = (
-    *((tokens, 1) for tokens in (32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)),
-    *((tokens, 16) for tokens in (64, 128, 256, 512, 1024, 2048)),
-    *((tokens, 64) for tokens in (128, 256, 512, 1024, 2048)),
-)
+CHUNK_SIZES = {  # tokens, by sequences
+    1: (32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096),
+    16: (64, 128, 256, 512, 1024, 2048),
+    64: (128, 256, 512, 1024, 2048),
+}
 # Of the decodes among chunks: the longest context, whose keys one program reads, and all contexts together, which the
 # kernel for decodes reads faster. Beyond, launching one by one costs less than that.
 MAX_DECODE_CONTEXT, MAX_DECODE_KEYS = 8192, 65_536
@@ -37,6 +37,15 @@ MAX_DECODE_CONTEXT, MAX_DECODE_KEYS = 8192, 65_536
 def graph_sizes(max_num_seqs: int) -> list[int]:
     """Batch sizes to record: 1, 2, …, 16, 24, 32, … and `max_num_seqs` itself."""
     return sorted({*range(1, min(16, max_num_seqs) + 1), *range(24, max_num_seqs + 1, 8), max_num_seqs})
+
+
+def chunk_sizes(max_tokens: int, max_seqs: int, max_len: int) -> list[Key]:
+    """`CHUNK_SIZES` cut to what a step can have: up to `max_tokens`, of up to `max_seqs` sequences of `max_len`."""
+    found = set()
+    for room, sizes in CHUNK_SIZES.items():
+        seqs = min(room, max_seqs)
+        found |= {(min(tokens, max_tokens, seqs * max_len), seqs) for tokens in sizes}
+    return sorted(found)
 
 
 @functools.cache
@@ -119,10 +128,9 @@ class _Graphs:
 
 
 class ChunkGraphs(_Graphs):
-    """Steps with prefill: a graph for each of `CHUNK_SIZES`, within the engine's limits. Logits [sequences, vocab]."""
+    """Steps with prefill: a graph for each of `chunk_sizes`. Logits [sequences, vocab]."""
 
-    def __init__(self, forward: Callable[[int, int], torch.Tensor], max_tokens: int, max_seqs: int) -> None:
-        sizes = {(tokens, min(seqs, max_seqs)) for tokens, seqs in CHUNK_SIZES if tokens <= max_tokens}
+    def __init__(self, forward: Callable[[int, int], torch.Tensor], sizes: list[Key]) -> None:
         super().__init__(forward, sorted(sizes, reverse=True))
 
     def key_for(self, num_tokens: int, num_seqs: int, decode_contexts: Sequence[int]) -> Key | None:

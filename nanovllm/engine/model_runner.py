@@ -19,7 +19,7 @@ import torch
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.batch import ScheduledBatch
-from nanovllm.engine.cuda_graph import ChunkGraphs, DecodeGraphs, graph_sizes
+from nanovllm.engine.cuda_graph import ChunkGraphs, DecodeGraphs, chunk_sizes, graph_sizes
 from nanovllm.engine.input_builder import InputBuilder
 from nanovllm.engine.kv_cache import allocate_kv_caches, kv_block_bytes, measure_cuda_memory, num_kv_blocks
 from nanovllm.engine.loading import LoadedModel, load_model
@@ -118,7 +118,8 @@ class ModelRunner:
         self.graphs = DecodeGraphs(self.decode_and_sample, sizes, self.max_model_len, self.loaded.fused_rows)
         pool = self.graphs.capture("decodes", config.show_progress)
         self.inputs.agree()  # what is run before it is recorded takes turns too
-        self.chunk_graphs = ChunkGraphs(self.forward_chunks, self.token_budget, config.max_num_seqs)
+        chunks = chunk_sizes(self.token_budget, config.max_num_seqs, self.max_model_len)
+        self.chunk_graphs = ChunkGraphs(self.forward_chunks, chunks)
         self.chunk_graphs.capture("prefill", config.show_progress, pool)
 
     @torch.inference_mode()
