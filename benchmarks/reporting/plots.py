@@ -92,7 +92,7 @@ def decode_length(records: Sequence[Record]) -> Any:
     rows = [r for r in rows if r.model in models and r.engine == OURS]
     if not models:
         return None
-    fig, axes = figure(1, len(models), height=3.9)
+    fig, axes = figure(1, len(models), height=3.9, width=10.2 if len(models) == 1 else None)
     for ax, model in zip(axes[0], models, strict=True):
         drawn = [line for line in lines([r for r in rows if r.model == model], "prompt") if len(line.points) > 1]
         _draw(ax, drawn)
@@ -111,7 +111,7 @@ def prefill(records: Sequence[Record]) -> Any:
     models = sorted({r.model for r in rows if r.engine == OURS})
     if not models:
         return None
-    fig, axes = figure(1, len(models), height=3.9)
+    fig, axes = figure(1, len(models), height=3.9, width=10.2 if len(models) == 1 else None)
     for ax, model in zip(axes[0], models, strict=True):
         drawn = lines([r for r in rows if r.model == model], "prompt")
         _draw(ax, drawn)
