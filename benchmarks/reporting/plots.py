@@ -27,7 +27,8 @@ def _color(engine: str, label: str) -> str:
 def _draw(ax: Any, drawn: Sequence[Line]) -> None:
     both = any("unfused" in line.label for line in drawn)
     for line in drawn:
-        label = f"{line.label}, fused" if both and line.ours and "," not in line.label else line.label
+        name, at, commit = line.label.partition(" (") if line.ours else (line.label, "", "")
+        label = f"{name}, fused{at}{commit}" if both and line.ours and "," not in name else line.label
         color, dash = _color(line.engine, line.label), "-" if line.ours else (0, (4, 2))
         xs, ys = [p[0] for p in line.points], [p[1] for p in line.points]
         ax.plot(xs, ys, color=color, linestyle=dash, marker="o", markersize=4.5 if line.ours else 3.5,
@@ -91,7 +92,7 @@ def decode_length(records: Sequence[Record]) -> Any:
     rows = [r for r in rows if r.model in models and r.engine == OURS]
     if not models:
         return None
-    fig, axes = figure(1, len(models), height=3.9)
+    fig, axes = figure(1, len(models), height=3.9, width=10.2 if len(models) == 1 else None)
     for ax, model in zip(axes[0], models, strict=True):
         drawn = [line for line in lines([r for r in rows if r.model == model], "prompt") if len(line.points) > 1]
         _draw(ax, drawn)
@@ -110,7 +111,7 @@ def prefill(records: Sequence[Record]) -> Any:
     models = sorted({r.model for r in rows if r.engine == OURS})
     if not models:
         return None
-    fig, axes = figure(1, len(models), height=3.9)
+    fig, axes = figure(1, len(models), height=3.9, width=10.2 if len(models) == 1 else None)
     for ax, model in zip(axes[0], models, strict=True):
         drawn = lines([r for r in rows if r.model == model], "prompt")
         _draw(ax, drawn)
@@ -148,7 +149,7 @@ def workload(records: Sequence[Record]) -> Any:
 
 def heat_map(records: Sequence[Record]) -> Any:
     """Speed-up of the fused operator over the unfused pair: a row a linear of a model, a column a batch."""
-    rows = select(records, test="fusion_operator", metric="speedup", options="* fused")
+    rows = current(select(records, test="fusion_operator", metric="speedup", options="* fused"))
     value = {(f"{r.model}  {r.options.removesuffix(' fused')}", int(r.batch)): r.value for r in rows}
     return _heat(value, sorted({name for name, _ in value}), "RMSNorm+Linear: speed-up over norm, then cuBLAS", rows)
 
@@ -166,7 +167,9 @@ def decode_heat_map(records: Sequence[Record]) -> Any:
         return f"{model}  {prompt:,} tokens"
 
     value = {(name(m, p), b): ms[m, p, b, "fusion=off"] / ms[m, p, b, ""] for m, p, b in pairs}
-    return _heat(value, list(dict.fromkeys(name(m, p) for m, p, _ in pairs)), "Decode step: fused over unfused", rows)
+    return _heat(
+        value, list(dict.fromkeys(name(m, p) for m, p, _ in pairs)), "Decode step: unfused time over fused", rows
+    )
 
 
 def _heat(value: Mapping[tuple[str, int], float], names: Sequence[str], title: str, rows: Sequence[Record]) -> Any:
@@ -200,7 +203,7 @@ def roofline(records: Sequence[Record]) -> Any:
     """Achieved FLOP/s of the operator against its arithmetic intensity, under the roofs of memory and tensor cores."""
     from reporting.roofline import points, roofs
 
-    rows = select(records, test="fusion_operator", metric="us", dtype="bfloat16")
+    rows = current(select(records, test="fusion_operator", metric="us", dtype="bfloat16"))
     device = rows[0].device if rows else ""
     found = {form: points(rows, form) for form in ("fused", "unfused", "gemm")}
     if not found["fused"] or device not in PEAKS:

@@ -38,7 +38,7 @@ def engine_label(record: Record) -> str:
 def current(records: Sequence[Record]) -> list[Record]:
     """The rows without those of an earlier engine of ours: only the newest row's commit or day stay, and its models.
 
-    Other engines have one version a row, which their label names; ours has a commit, and a line must not mix two.
+    Of another engine the rows of its newest day stay, for each model: a line must not mix runs.
     """
     ours = [r for r in records if r.engine == OURS]
     if not ours:
@@ -46,18 +46,35 @@ def current(records: Sequence[Record]) -> list[Record]:
     newest = max(ours, key=lambda r: r.date)
     kept = [r for r in ours if r.commit == newest.commit or r.date == newest.date]
     models = {r.model for r in kept}
-    return [r for r in records if r.model in models and (r.engine != OURS or r in kept)]
+    days: dict[tuple[str, str], str] = defaultdict(str)
+    for r in records:
+        days[r.engine, r.model] = max(days[r.engine, r.model], r.date)
+    return [
+        r
+        for r in records
+        if r.model in models and (r in kept if r.engine == OURS else r.date == days[r.engine, r.model])
+    ]
 
 
 def lines(records: Sequence[Record], field: str) -> list[Line]:
-    """Lines over `field` ("batch" or "prompt"), ours first; the newest row wins where two name the same point."""
+    """Lines over `field` ("batch" or "prompt"), ours first; the newest row wins where two name the same point.
+
+    Lines of ours that have no commit in common are of different engines: their labels name the commits.
+    """
     found: dict[tuple[bool, str, str], dict[float, Record]] = defaultdict(dict)
     for record in sorted(records, key=lambda r: r.date):
         at = getattr(record, field)
         if at.isdigit():
             found[record.engine != OURS, record.engine, engine_label(record)][float(at)] = record
+    commits = [{r.commit for r in points.values()} for (_, engine, _), points in found.items() if engine == OURS]
+    apart = len(commits) > 1 and not set.intersection(*commits)
+
+    def named(engine: str, label: str, points: dict[float, Record]) -> str:
+        commit = ", ".join(sorted({r.commit for r in points.values()}))
+        return f"{label} ({commit})" if apart and engine == OURS else label
+
     return [
-        Line(label, engine, tuple((x, points[x].value) for x in sorted(points)))
+        Line(named(engine, label, points), engine, tuple((x, points[x].value) for x in sorted(points)))
         for (_, engine, label), points in sorted(found.items())
     ]
 
