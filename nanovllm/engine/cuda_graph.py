@@ -71,16 +71,8 @@ class _Memory:
 
 
 def _unowned(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory, dtype and strides; the allocator may give it away all the same.
-
-    The tensor itself where PyTorch refuses or makes a copy: then its graph keeps memory of its own.
-    """
-    try:
-        view = torch.as_tensor(_Memory(tensor), device=tensor.device).view(tensor.dtype)
-    except (TypeError, ValueError, RuntimeError):
-        return tensor
-    same = (view.data_ptr(), view.shape, view.stride()) == (tensor.data_ptr(), tensor.shape, tensor.stride())
-    return view if same else tensor
+    """The same memory, dtype and strides; the allocator may give it away all the same."""
+    return torch.as_tensor(_Memory(tensor), device=tensor.device).view(tensor.dtype)
 
 
 class _Graphs:
