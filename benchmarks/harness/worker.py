@@ -78,7 +78,7 @@ def main() -> None:
     try:
         worker = Worker(json.loads(sys.argv[1]))
         say(worker.about())
-    except Exception as error:
+    except Exception as error:  # whatever keeps an engine from starting: the parent hears it, the log has the rest
         say({"error": _sentence(error)})
         raise
     for line in sys.stdin:

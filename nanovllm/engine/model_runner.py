@@ -225,18 +225,20 @@ class ModelRunner:
             decodes = [item.context_len for item in batch.scheduled[: batch.num_decodes]]
             size = self.chunk_graphs.key_for(batch.num_tokens, len(batch.scheduled), decodes)
         inputs = self.inputs.build(batch, prompt_lens=lens, size=size)
+        n = len(seqs)
         if self.chunk_graphs is not None and size is not None:
             logits = self.chunk_graphs.replay(size)
+            if not n:
+                return None
         else:
             self.inputs.feed(inputs.input_ids)
             hidden = self.model(inputs.with_all_rows() if scores else inputs, self.caches)
             if scores:
                 self._score_prompts(batch, hidden, output)
                 hidden = hidden[inputs.logits_rows]
-            logits = self.model.compute_logits(hidden) if seqs else hidden
-        if not seqs:
-            return None
-        n = len(seqs)
+            if not n:
+                return None
+            logits = self.model.compute_logits(hidden)
         positions = inputs.positions[inputs.logits_rows][:n]
         return self._sample(logits[:n], [seq.sampling for seq in seqs], positions)
 
