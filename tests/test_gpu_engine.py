@@ -223,6 +223,20 @@ def test_memory_budget_counts_this_process_only(tmp_path: Path) -> None:
     assert torch.cuda.memory_allocated() - before < 40 << 20
 
 
+def test_graphs_share_the_memory_of_their_logits(tmp_path: Path) -> None:
+    """What graphs take is that of the largest, not the sum over their sizes, which is 17 times as much."""
+    save_model("llama", tmp_path)
+    rows, vocab = 256, 211
+    options: dict[str, Any] = dict(max_model_len=256, max_num_seqs=rows, num_kvcache_blocks=64, dtype="float32")
+    taken = []
+    for eager in (False, True, False):  # the first one leaves cuBLAS's workspaces behind
+        with LLM(str(tmp_path), enforce_eager=eager, show_progress=False, **options) as llm:
+            taken.append(torch.cuda.memory_allocated())
+            if not eager:
+                assert llm.engine.runner.graphs is not None
+    assert taken[2] - taken[1] < 4 * rows * vocab * 4
+
+
 def test_smollm2_bf16_error_budget() -> None:
     """The real SmolLM2 on real text."""
     from transformers import AutoModelForCausalLM

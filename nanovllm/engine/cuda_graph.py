@@ -51,8 +51,29 @@ def chunk_sizes(max_tokens: int, max_seqs: int, max_len: int) -> list[Key]:
 
 @functools.cache
 def _recording_stream(device: int) -> torch.cuda.Stream:
-    """One for all engines: cuBLAS keeps a workspace of 32 MiB for every stream that it was ever used on."""
+    """One for all engines: cuBLAS keeps a workspace of 32 MiB for every stream that it was ever used on.
+
+    So their graphs share a workspace, and must not run at the same time; none do, for all are launched on one stream.
+    """
     return torch.cuda.Stream(device)
+
+
+class _Memory:
+    """Memory of a CUDA tensor, of which `torch.as_tensor` makes another one that does not own it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * tensor.itemsize for stride in tensor.stride()),
+            "typestr": f"<i{tensor.itemsize}",  # the protocol knows no bfloat16, so bits are passed on
+            "data": (tensor.data_ptr(), False),
+            "version": 2,
+        }
+
+
+def _unowned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory, dtype and strides; the allocator may give it away all the same."""
+    return torch.as_tensor(_Memory(tensor), device=tensor.device).view(tensor.dtype)
 
 
 class _Graphs:
@@ -67,7 +88,8 @@ class _Graphs:
     def capture(self, what: str, show_progress: bool, pool: Any = None) -> Any:
         """Record all of them, in the order of the keys: the largest first, so that the others fit into its memory pool.
 
-        Returns the pool, which may be `pool`: graphs that never run at the same time can share one.
+        Returns the pool, which may be `pool`: graphs that never run at the same time can share one. Their logits share
+        it too: kept apart, those of up to 256 rows of 152k tokens would take 1.3 GB.
         `torch.cuda.graph` would collect garbage and empty the allocator's cache before every single one.
         """
         gc.collect()
@@ -85,6 +107,7 @@ class _Graphs:
                     self._logits[key] = self._forward(*key)
                 finally:
                     graph.capture_end()
+                self._logits[key] = _unowned(self._logits[key])
                 pool = graph.pool() if pool is None else pool
                 self._graphs[key] = graph
         torch.cuda.current_stream().wait_stream(stream)
