@@ -24,12 +24,19 @@ if TYPE_CHECKING:
 
 @jit()
 def _silu_mul_kernel(x, y, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """One program for BLOCK columns of a row. x: [rows, 2 * WIDTH] with row stride; y: [rows, WIDTH], contiguous."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """One program for BLOCK columns of a row. x: [rows, 2 * WIDTH] with row stride; y: [rows, WIDTH], contiguous.
+
+    From the last row to the first: of a large x the L2 cache still holds what the GEMM wrote last. Nobody reads x
+    again, so it makes way for y. With the GEMM, 2048 rows: 178.4 -> 174.3 us of 6144, 241.2 -> 236.6 of 8192; 8192 rows
+    of 3072: 210.8 -> 206.5; up to 512 rows no difference (H100, Triton 3.6.0, 2026-11-26).
+    """
+    blocks = tl.cdiv(WIDTH, BLOCK)
+    last_first = tl.num_programs(0) - 1 - tl.program_id(0)
+    row = (last_first // blocks).to(tl.int64)
+    column = last_first % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
-    gate = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
-    up = tl.load(x + row * x_stride + WIDTH + column, mask=inside, other=0.0)
+    gate = tl.load(x + row * x_stride + column, mask=inside, other=0.0, eviction_policy="evict_first")
+    up = tl.load(x + row * x_stride + WIDTH + column, mask=inside, other=0.0, eviction_policy="evict_first")
     wide = gate.to(tl.float32)
     tl.store(y + row * WIDTH + column, (wide * tl.sigmoid(wide)).to(gate.dtype) * up, mask=inside)
 
@@ -73,7 +80,7 @@ def silu_mul(x: torch.Tensor, *, config: RowConfig | None = None) -> torch.Tenso
     count = rows.shape[0]
     if count:
         config = config or silu_mul_config(count, width)
-        _silu_mul_kernel[(count, cdiv(width, config.block))](
+        _silu_mul_kernel[(count * cdiv(width, config.block),)](
             rows, y, rows.stride(0), WIDTH=width, BLOCK=config.block, num_warps=config.num_warps
         )
     return y
