@@ -24,7 +24,6 @@ from nanovllm.kernels.launch_config import Gpu
 
 MAX_CHAIN_ROWS = 16
 _EARLY_ROWS = 8  # above it x itself is large, and would travel behind the next kernel's weights
-MAX_WEIGHT_BYTES = 80_000_000  # of two rows and more: up to it measured, above it norm and cuBLAS
 
 
 @functools.lru_cache(maxsize=1024)
@@ -32,15 +31,14 @@ def linear_config(problem: Problem, gpu: Gpu) -> FusionConfig:
     """The configuration of one linear layer of the chain; `problem.m` is at most MAX_CHAIN_ROWS.
 
     One row: a GEMV reads any weight at the memory's speed (0.6B's LM head, 311 MB: 102 us). More rows: tensor cores
-    keep a layer's time nearly the same (four linears of 0.6B, us: one row 13.2, two 15.5, eight 16.4, sixteen 21.4).
+    keep a layer's time nearly the same (four linears of 0.6B, us: one row 13.2, two 15.5, eight 16.4, sixteen 21.4),
+    and read large weights faster than norm and cuBLAS do (2026-11-26; layer with gate_up and down by panels instead, at
+    4 / 8 / 16 rows: Qwen3-4B 90.5 / 91.8 / 94.1 for 96.2 / 98.1 / 98.1, Qwen3-8B 146 / 150 / 150 for 157 / 160 / 161).
     The next kernel starts at once, or above eight rows when x has been asked for: a layer of sixteen rows takes 30.1 us
     instead of 33.9 (of eight rows 29.7 instead of 26.4).
     """
-    weight_bytes = problem.weight_rows * problem.k * problem.element_size
     if problem.m == 1 or problem.element_size == 4:
         config = gemv_config(problem, gpu) if problem.m <= MAX_FLOAT32_ROWS else UNFUSED
-    elif weight_bytes > MAX_WEIGHT_BYTES and problem.k > 1024:  # a head of short rows is measured too
-        config = UNFUSED
     else:
         config = panel_config(problem)
     if config.variant == "unfused" or config.faults(problem, gpu):
