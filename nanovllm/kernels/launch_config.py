@@ -131,32 +131,40 @@ def decode_config(
 def rope_attention_config(
     num_seqs: int, num_kv_heads: int, head_dim: int, element_size: int, max_context_len: int, gpu: Gpu
 ) -> DecodeConfig:
-    """Tiles of 128 keys, a program's first one loaded before the wait; splits are merged by a kernel of their own.
+    """Few keys: the first tile of 128 waits in registers. Many: tiles on their way into shared memory.
 
-    Measured in the decode chain (H100, Triton 3.6.0, Qwen3-0.6B, us a layer at contexts 256 / 384 / 1,024 / 4,096).
-    One sequence, 8 warps: up to 16 splits 18.0 / 18.8 / 19.2 / 25.1; 8 splits of 256 keys 19.6 / 21.1 / 21.6 / 27.5; no
-    splits 19.7 / 22.7; 4 warps 18.5 / 19.0 / 19.6 / 26.3. There is room for 16 splits also where the bound allows 4: a
-    layer takes 17.5 us instead of 17.9 at 256 (two sequences: 8 splits 18.5, 16 19.0). Four, 4 warps, 8 splits:
-    of 128 keys 20.4 / 21.3 / 29.7 / 48.7, of 256 23.0 / 24.2 / 25.9 / 48.5. Sixteen: up to 512 keys no splits, 8 warps
-    32.4 / 35.9, 2 splits 32.5 / 37.9; beyond, 4 splits by 4 warps 56.1 / 124.8, tiles of 64 in three stages
-    57.4 / 130.4.
+    Splits are merged by a kernel of their own. Measured in the decode chain (H100, Triton 3.6.0, Qwen3-0.6B, us a layer
+    at contexts 256 / 384 / 1,024 / 4,096). One sequence, 8 warps: up to 16 splits 17.2 / 17.4 / 18.8 / 24.1; in two
+    stages 17.7 / 17.9 / 18.3 / 25.5. There is room for 16 splits also where the bound allows 4: a layer takes 17.5 us
+    instead of 17.9 at 256 (two sequences: 8 splits 18.5, 16 19.0). Three, 4 warps: up to 10 splits 19.6 at 384, and
+    beyond 24.6 / 38.0, with tiles of 64 in three stages 26.2 / 39.8; four 20.8, and 29.9 / 47.6 or 26.2 / 46.7; six
+    22.8, and 29.0 / 61.5 or 31.8 / 60.1. Eight, beyond 512 keys: 4 splits in registers 36.1 / 70.8, two in three stages
+    33.9 / 67.1. Sixteen, up to 512 keys: no splits 29.1 / 32.6, three stages 30.3 / 32.5 (26.6 instead of 24.7 at 128);
+    beyond, 4 splits in registers 50.0 / 124; no splits in three stages 47.2 / 113, in four 47.9 / 116, room for four
+    splits of 4,096 keys, so that a long sequence among short ones is no program's alone, 47.7 / 115.
     """
     if element_size == 4 or head_dim > 128:
         return decode_config(num_seqs, num_kv_heads, head_dim, element_size, max_context_len, gpu)
     programs, short = num_seqs * num_kv_heads, max_context_len <= 512
+    block_n, stages = 128, 1
     if programs <= 16:
         num_warps, most, min_split = 8, 8 if programs > 8 and short else 16, 128
     elif programs <= 48:
         num_warps, most, min_split = 4, max(8, 256 // programs), 128 if short else 256
+        if not short and 24 < programs <= 32:
+            block_n, stages = 64, 3
+    elif short:
+        num_warps, most, min_split = 8, 1, 512
     else:
-        num_warps, most, min_split = (8, 1, 512) if short else (4, 4, 512)
-    block_n = 128
+        num_warps, stages = 8, 3
+        most, min_split = (gpu.num_sms // programs, 512) if 2 * programs <= gpu.num_sms else (4, 8192)
     row_bytes = next_power_of_2(head_dim) * element_size
-    while 2 * block_n * row_bytes > gpu.shared_memory - 8192:  # keys and values pass through it, and some scores
+    # A pipeline keeps one tile less than it has stages; a lone tile passes through half by half. 16 KB for the rest.
+    while max(stages - 1, 1) * 2 * block_n * row_bytes > gpu.shared_memory - 16384:
         block_n //= 2
     needed = cdiv(max_context_len, min_split)
     max_splits = most if programs <= 16 and needed > 1 else max(1, min(most, needed))
-    return DecodeConfig(block_n, max_splits, min_split, num_warps, num_stages=1)
+    return DecodeConfig(block_n, max_splits, min_split, num_warps, stages)
 
 
 def _stages_that_fit(stages: int, fixed: int, a_stage: int, gpu: Gpu) -> int:

@@ -12,8 +12,10 @@ with one split: H100, Qwen3-0.6B, one sequence. A dependent kernel's edge is 0.6
 Cast order: that of `rope` and `decode_attention`: query and key are rounded to the cache's dtype after the rotation.
 Traffic: that of `decode_attention`.
 
-With PDL a program loads its first tile of old keys and values while the projection before it still runs: they are
-from earlier steps, like everything that it reads before its wait.
+With PDL a program loads its first old keys and values while the projection before it still runs: they are from earlier
+steps, like everything that it reads before its wait. Few keys are a matter of latency: the first tile waits in
+registers. Many are a matter of bandwidth: with two stages or more the compiler keeps tiles on their way into shared
+memory. It puts the first copies in front of the loop, so the wait stands inside, in the loop's first turn.
 """
 
 from __future__ import annotations
@@ -81,6 +83,43 @@ def _attend(q, k, v, visible, scale, top, total, acc):
     return new_top, total, acc
 
 
+@jit()
+def _new_token(
+    token, k_slot, v_slot, cos, sin, q_scale, q_other_scale, k_scale, k_other_scale, scale, eps, owns_new, kv_head,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Wait for the projection; rotate the queries, and the key, which the split that `owns_new` stores with its value.
+
+    Returns the queries [ROWS, BLOCK_D] and the state of a softmax that has seen the new key, if owned, and no other.
+    """
+    row = tl.arange(0, ROWS)[:, None]
+    dim = tl.arange(0, BLOCK_D)
+    columns = dim[None, :]
+    partner = tl.where(columns < HEAD_DIM // 2, columns + HEAD_DIM // 2, columns - HEAD_DIM // 2)
+    in_head = columns < HEAD_DIM
+    query = token + (kv_head * GROUP + row) * HEAD_DIM
+    new_key = token + (KV_HEADS * GROUP + kv_head) * HEAD_DIM
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    # All loads first: a reduction is a barrier.
+    q = tl.load(query + columns, mask=(row < GROUP) & in_head, other=0.0)
+    q_other = tl.load(query + partner, mask=(row < GROUP) & in_head, other=0.0)
+    new_k = tl.load(new_key + columns, mask=in_head, other=0.0)
+    k_other = tl.load(new_key + partner, mask=in_head, other=0.0)
+    new_v = tl.load(new_key + KV_HEADS * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
+    q = _rotated(q, q_other, q_scale, q_other_scale, cos, sin, eps, NORM, HEAD_DIM)
+    new_k = _rotated(new_k, k_other, k_scale, k_other_scale, cos, sin, eps, NORM, HEAD_DIM)
+    if owns_new:
+        tl.store(k_slot + columns, new_k, mask=in_head)
+        tl.store(v_slot + dim, new_v, mask=dim < HEAD_DIM)
+    score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), axis=1) * scale
+    top = tl.where(owns_new, score, -1.0e38)
+    total = tl.zeros((ROWS,), tl.float32) + tl.where(owns_new, 1.0, 0.0)
+    acc = tl.zeros((ROWS, BLOCK_D), tl.float32) + tl.where(owns_new, new_v.to(tl.float32), 0.0)[None, :]
+    return q, top, total, acc
+
+
 @jit(
     do_not_specialize=("table_stride", "window", "max_splits", "min_split"),
     unaligned=("block_table", "context_lens"),
@@ -90,7 +129,7 @@ def _rope_attention_kernel(
     scale, eps, qkv_stride, table_stride, k_block_stride, v_block_stride, window, max_splits, min_split,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, NORM: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, SPLIT: tl.constexpr, PIPELINED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """qkv: [B, (KV_HEADS * GROUP + 2 KV_HEADS) * HEAD_DIM]; out: [B, KV_HEADS * GROUP, HEAD_DIM], contiguous;
     partial: [B, Hq, max_splits, HEAD_DIM] and partial_lse without the last, float32."""
@@ -113,10 +152,11 @@ def _rope_attention_kernel(
     # Before the wait: what earlier steps left.
     table = block_table + sequence.to(tl.int64) * table_stride
     page = page_ids(table, begin, old_end, PAGE, BLOCK_N)
-    k, v, visible = _load_tile(
-        k_cache, v_cache, page, begin, old_end, context - window, kv_head, k_block_stride, v_block_stride,
-        HEAD_DIM, PAGE, BLOCK_D, BLOCK_N, HAS_WINDOW,
-    )  # fmt: skip
+    if not PIPELINED:
+        k, v, visible = _load_tile(
+            k_cache, v_cache, page, begin, old_end, context - window, kv_head, k_block_stride, v_block_stride,
+            HEAD_DIM, PAGE, BLOCK_D, BLOCK_N, HAS_WINDOW,
+        )  # fmt: skip
     dim = tl.arange(0, BLOCK_D)
     HALF: tl.constexpr = HEAD_DIM // 2
     angle = cos_sin + position.to(tl.int64) * HEAD_DIM + tl.where(dim < HALF, dim, dim - HALF)
@@ -125,48 +165,51 @@ def _rope_attention_kernel(
     new_page = tl.load(table + position // PAGE).to(tl.int64)
     columns = dim[None, :]
     partner = tl.where(columns < HALF, columns + HALF, columns - HALF)
-    in_head = columns < HEAD_DIM
     q_scale, q_other_scale, k_scale, k_other_scale = cos, cos, cos, cos  # replaced below, or unused
     if NORM:
+        in_head = columns < HEAD_DIM
         q_scale = tl.load(q_weight + columns, mask=in_head, other=0.0)
         q_other_scale = tl.load(q_weight + partner, mask=in_head, other=0.0)
         k_scale = tl.load(k_weight + columns, mask=in_head, other=0.0)
         k_other_scale = tl.load(k_weight + partner, mask=in_head, other=0.0)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-
-    # This token: rotate the queries, and the key, which its owner stores. All loads first: a reduction is a barrier.
-    row = tl.arange(0, ROWS)[:, None]
     token = qkv + sequence.to(tl.int64) * qkv_stride
-    query = token + (kv_head * GROUP + row) * HEAD_DIM
-    new_key = token + (KV_HEADS * GROUP + kv_head) * HEAD_DIM
-    q = tl.load(query + columns, mask=(row < GROUP) & in_head, other=0.0)
-    q_other = tl.load(query + partner, mask=(row < GROUP) & in_head, other=0.0)
-    new_k = tl.load(new_key + columns, mask=in_head, other=0.0)
-    k_other = tl.load(new_key + partner, mask=in_head, other=0.0)
-    new_v = tl.load(new_key + KV_HEADS * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
-    q = _rotated(q, q_other, q_scale, q_other_scale, cos, sin, eps, NORM, HEAD_DIM)
-    new_k = _rotated(new_k, k_other, k_scale, k_other_scale, cos, sin, eps, NORM, HEAD_DIM)
-    if owns_new:
-        place = kv_head * (PAGE * HEAD_DIM) + (position % PAGE) * HEAD_DIM
-        tl.store(k_cache + new_page * k_block_stride + place + columns, new_k, mask=in_head)
-        tl.store(v_cache + new_page * v_block_stride + place + dim, new_v, mask=dim < HEAD_DIM)
+    place = kv_head * (PAGE * HEAD_DIM) + (position % PAGE) * HEAD_DIM
+    new_k_slot, new_v_slot = k_cache + new_page * k_block_stride + place, v_cache + new_page * v_block_stride + place
 
-    score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), axis=1) * scale
-    top = tl.where(owns_new, score, -1.0e38)
-    total = tl.zeros((ROWS,), tl.float32) + tl.where(owns_new, 1.0, 0.0)
-    acc = tl.zeros((ROWS, BLOCK_D), tl.float32) + tl.where(owns_new, new_v.to(tl.float32), 0.0)[None, :]
-    top, total, acc = _attend(q, k, v, visible, scale, top, total, acc)
-    page = page_ids(table, begin + BLOCK_N, old_end, PAGE, BLOCK_N)
-    for start in range(begin + BLOCK_N, old_end, BLOCK_N):
-        k, v, visible = _load_tile(
-            k_cache, v_cache, page, start, old_end, context - window, kv_head, k_block_stride, v_block_stride,
-            HEAD_DIM, PAGE, BLOCK_D, BLOCK_N, HAS_WINDOW,
+    if PIPELINED:
+        q = tl.zeros((ROWS, BLOCK_D), qkv.dtype.element_ty)
+        top = tl.zeros((ROWS,), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+        for start in range(begin, tl.maximum(old_end, begin + 1), BLOCK_N):
+            k, v, visible = _load_tile(
+                k_cache, v_cache, page, start, old_end, context - window, kv_head, k_block_stride, v_block_stride,
+                HEAD_DIM, PAGE, BLOCK_D, BLOCK_N, HAS_WINDOW,
+            )  # fmt: skip
+            page = page_ids(table, start + BLOCK_N, old_end, PAGE, BLOCK_N)
+            if start == begin:
+                q, top, total, acc = _new_token(
+                    token, new_k_slot, new_v_slot, cos, sin, q_scale, q_other_scale, k_scale, k_other_scale, scale, eps,
+                    owns_new, kv_head, KV_HEADS, GROUP, HEAD_DIM, ROWS, BLOCK_D, NORM, PDL,
+                )  # fmt: skip
+            top, total, acc = _attend(q, k, v, visible, scale, top, total, acc)
+    else:
+        q, top, total, acc = _new_token(
+            token, new_k_slot, new_v_slot, cos, sin, q_scale, q_other_scale, k_scale, k_other_scale, scale, eps,
+            owns_new, kv_head, KV_HEADS, GROUP, HEAD_DIM, ROWS, BLOCK_D, NORM, PDL,
         )  # fmt: skip
-        page = page_ids(table, start + BLOCK_N, old_end, PAGE, BLOCK_N)
         top, total, acc = _attend(q, k, v, visible, scale, top, total, acc)
+        page = page_ids(table, begin + BLOCK_N, old_end, PAGE, BLOCK_N)
+        for start in range(begin + BLOCK_N, old_end, BLOCK_N):
+            k, v, visible = _load_tile(
+                k_cache, v_cache, page, start, old_end, context - window, kv_head, k_block_stride, v_block_stride,
+                HEAD_DIM, PAGE, BLOCK_D, BLOCK_N, HAS_WINDOW,
+            )  # fmt: skip
+            page = page_ids(table, start + BLOCK_N, old_end, PAGE, BLOCK_N)
+            top, total, acc = _attend(q, k, v, visible, scale, top, total, acc)
 
     acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]  # context 0 (a padding row): zeros
+    row = tl.arange(0, ROWS)[:, None]
     first_row = sequence.to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP
     written = (row < GROUP) & (dim < HEAD_DIM)[None, :]
     if (SPLIT == 0) | (context - first <= length):
@@ -254,7 +297,8 @@ def _constants(
         "KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": dim, "PAGE": page, "ROWS": max(16, next_power_of_2(group)),
         "BLOCK_D": max(16, next_power_of_2(dim)), "BLOCK_N": config.block_n,
         "NORM": norm, "HAS_WINDOW": has_window,
-        "SPLIT": config.max_splits > 1, "num_warps": config.num_warps, "num_stages": config.num_stages,
+        "SPLIT": config.max_splits > 1, "PIPELINED": config.num_stages > 1,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
 
 
