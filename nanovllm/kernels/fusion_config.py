@@ -246,9 +246,10 @@ def panel_config(problem: Problem) -> FusionConfig:
 
     As for a GEMV the whole layer counts. Qwen3-0.6B (H100, 2026-11-26), us at context 256: four rows 19.8 as here, QKV
     of 32 rows by 4 warps 20.7, gate_up of 16 by 2 20.0, output or down projection in two goes 20.8 and 21.6; eight rows
-    21.9, 22.9, 21.8, 22.2, 24.0; sixteen 29.1, QKV with its whole K in flight 29.9. Four linears of Llama-3.2-1B, two
-    to sixteen rows: norm and cuBLAS for gate_up (67 MB) and down (34 MB) 57.2 to 62.3; gate_up as here 52.2 to 57.1,
-    down as here 52.9 to 59.9.
+    21.9, 22.9, 21.8, 22.2, 24.0; sixteen 28.8, QKV by 4 warps 29.1, with its whole K in flight 29.8, gate_up by 4 warps
+    29.1, of 32 rows 30.0 to 33.1. Its head, sixteen rows: 106 us as here, 16 rows with all of K in flight 114, norm and
+    cuBLAS 119. Four linears of Llama-3.2-1B, two to sixteen rows: norm and cuBLAS for gate_up (67 MB) and down (34 MB)
+    57.2 to 62.3; gate_up as here 52.2 to 57.1, down as here 52.9 to 59.9.
     """
     block_m = max(8, next_power_of_2(problem.m))
     wide, many = problem.weight_rows >= 2048, problem.weight_rows >= 8192
@@ -271,6 +272,9 @@ def panel_config(problem: Problem) -> FusionConfig:
         num_warps //= 2
     if light and block_m > 8:
         held //= 2
+        num_warps = num_warps if half else 2
+    elif many and block_m > 8 and not problem.swiglu and not half and problem.k <= 1024:
+        block_n, num_warps = 32, 4
     width = 32 * num_warps
     block_k = max(1, min(cdiv(problem.k, width), held * 32 * num_warps // (block_n * 2 * width))) * width
     return FusionConfig("panel", block_m, block_n, block_k, num_warps)
