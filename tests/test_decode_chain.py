@@ -12,7 +12,7 @@ import torch
 from tiny_models import save_model
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.kernels.chain_config import MAX_CHAIN_ROWS, linear_config
+from nanovllm.kernels.chain_config import MAX_DEPENDENT_ROWS, linear_config
 from nanovllm.kernels.fusion_config import Problem
 from nanovllm.kernels.launch_config import H100, MAX_SPLITS, Gpu, next_power_of_2, rope_attention_config
 
@@ -57,7 +57,7 @@ def test_policy_fits_every_shape(gpu: Gpu, dtype: str) -> None:
     for k in (64, 576, 896, 1000, 1024, 2560, 3072, 4096, 8192, 12288, 14336, 18944):
         for n in (64, 576, 1024, 4096, 12288, 151936):
             for swiglu in (False, True):
-                for m in range(1, (4 if dtype == "float32" else MAX_CHAIN_ROWS) + 1):
+                for m in range(1, (4 if dtype == "float32" else MAX_DEPENDENT_ROWS) + 1):
                     problem = Problem(m, n, k, dtype, swiglu)
                     config = linear_config(problem, gpu)
                     assert config.faults(problem, gpu) == [], problem
@@ -76,7 +76,7 @@ def test_tokens_are_fed_by_row() -> None:
 @pytest.mark.parametrize("context", [1, 300, 512, 513, 4096, 40960])
 def test_attention_policy_fits(gpu: Gpu, context: int) -> None:
     """Tiles fit into shared memory, splits are whole tiles, and all splits together reach the longest context."""
-    for num_seqs in (1, 2, 3, 6, 12, 16):
+    for num_seqs in (1, 2, 3, 4, 6, 8, 12, 16, 17, 32):
         for kv_heads, dim in ((8, 128), (8, 64), (1, 128), (32, 96), (2, 256)):
             config = rope_attention_config(num_seqs, kv_heads, dim, 2, context, gpu)
             assert 2 * config.block_n * next_power_of_2(dim) * 2 <= gpu.shared_memory

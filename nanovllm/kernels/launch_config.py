@@ -141,7 +141,8 @@ def rope_attention_config(
     22.8, and 29.0 / 61.5 or 31.8 / 60.1. Eight, beyond 512 keys: 4 splits in registers 36.1 / 70.8, two in three stages
     33.9 / 67.1. Sixteen, up to 512 keys: no splits 29.1 / 32.6, three stages 30.3 / 32.5 (26.6 instead of 24.7 at 128);
     beyond, 4 splits in registers 50.0 / 124; no splits in three stages 47.2 / 113, in four 47.9 / 116, room for four
-    splits of 4,096 keys, so that a long sequence among short ones is no program's alone, 47.7 / 115.
+    splits of 4,096 keys, so that a long sequence among short ones is no program's alone, 47.7 / 115. More programs than
+    SMs, 32 sequences at 256 / 1,024: tiles of 64 in three stages 52.1 / 85.4, of 128 in registers 55.1 / 93.7.
     """
     if element_size == 4 or head_dim > 128:
         return decode_config(num_seqs, num_kv_heads, head_dim, element_size, max_context_len, gpu)
@@ -153,6 +154,9 @@ def rope_attention_config(
         num_warps, most, min_split = 4, max(8, 256 // programs), 128 if short else 256
         if not short and 24 < programs <= 32:
             block_n, stages = 64, 3
+    elif programs > gpu.num_sms:
+        num_warps, block_n, stages = 4, 64, 3
+        most, min_split = (1, 512) if short else (4, 8192)
     elif short:
         num_warps, most, min_split = 8, 1, 512
     else:

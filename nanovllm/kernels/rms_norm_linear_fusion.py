@@ -198,10 +198,15 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
+def policy(problem: Problem, device: torch.device) -> FusionConfig:
+    """What runs `problem` on `device`: measured if possible, guessed otherwise."""
+    return choose(problem, _device_name(device), gpu_of(device))
+
+
 def _config(problem: Problem, device: torch.device, text: str | None) -> FusionConfig:
     """The configuration to run: the caller's, which must fit, or the policy's."""
     if text is None:
-        return choose(problem, _device_name(device), gpu_of(device))
+        return policy(problem, device)
     config = FusionConfig.parse(text)
     faults = config.faults(problem, gpu_of(device))
     if config.launch_pdl and device.type != "cuda":
