@@ -97,6 +97,27 @@ def test_rope_attention(device: str, dtype: torch.dtype, case: tuple) -> None:
     judge(made.run(), made.expected(None), made.expected(dtype))
 
 
+# Pages smaller and larger than a tile (16 keys, on a GPU 32 too), a window, a padding row, one new token on its own.
+FORMS_SMALL = [([1, 0, 16, 17, 49], 4, 2, 32, 8, 20, True), ([1, 0, 16, 17, 49], 4, 2, 32, 32, None, False)]
+FORMS_LARGE = [
+    ([1, 0, 32, 33, 257, 700, 1500], 16, 8, 128, 16, 300, True),
+    ([1, 0, 32, 33, 257, 700, 1500], 16, 8, 128, 256, None, True),
+    ([1, 0, 32, 33, 257, 700, 1500], 8, 2, 64, 64, 300, False),
+]
+
+
+@pytest.mark.parametrize("max_splits", [1, 3])
+@pytest.mark.parametrize("num_stages", [1, 3])
+@tiers(small=FORMS_SMALL, large=FORMS_LARGE)
+def test_forms(device: str, dtype: torch.dtype, case: tuple, num_stages: int, max_splits: int) -> None:
+    """First tile in registers (one stage) or tiles on their way into shared memory, whatever their number."""
+    made = Case(device, dtype, *case)
+    block_n = 16 if case in FORMS_SMALL else 32
+    result = made.run(DecodeConfig(block_n, max_splits, block_n, num_warps=4, num_stages=num_stages))
+    judge(result, made.expected(None), made.expected(dtype))
+    assert not result[made.contexts.index(0)].any()
+
+
 @pytest.mark.parametrize("max_splits", [1, 2, 5])
 @tiers(small=[SMALL[0], SMALL[2]], large=LARGE[:1])
 def test_splits_and_append(device: str, dtype: torch.dtype, case: tuple, max_splits: int) -> None:
