@@ -72,12 +72,13 @@ def test_tokens_are_fed_by_row() -> None:
     assert ids.tolist() == [7, 40, 3, 42]
 
 
-@pytest.mark.parametrize("gpu", [H100, Gpu(82, 99 * 1024)])
+@pytest.mark.parametrize("gpu", [H100, Gpu(108, 163 * 1024), Gpu(40, 99 * 1024), Gpu(16, 64 * 1024)])
 @pytest.mark.parametrize("context", [1, 300, 512, 513, 4096, 40960])
 def test_attention_policy_fits(gpu: Gpu, context: int) -> None:
-    """Tiles fit into shared memory, splits are whole tiles, and all splits together reach the longest context."""
+    """Tiles that wait in shared memory leave room for the rest, and splits are whole tiles."""
     for num_seqs in (1, 2, 3, 4, 6, 8, 12, 16, 17, 32):
         for kv_heads, dim in ((8, 128), (8, 64), (1, 128), (32, 96), (2, 256)):
             config = rope_attention_config(num_seqs, kv_heads, dim, 2, context, gpu)
-            assert 2 * config.block_n * next_power_of_2(dim) * 2 <= gpu.shared_memory
+            tiles = max(config.num_stages - 1, 1) * 2 * config.block_n * next_power_of_2(dim) * 2
+            assert config.block_n >= 16 and tiles + 12288 <= gpu.shared_memory
             assert config.min_split % config.block_n == 0 and 1 <= config.max_splits <= MAX_SPLITS
