@@ -32,7 +32,7 @@ from nanovllm.kernels import (
 )
 from nanovllm.kernels.chain_config import linear_config
 from nanovllm.kernels.fusion_config import Problem
-from nanovllm.kernels.launch_config import H100, Gpu
+from nanovllm.kernels.launch_config import H100, Gpu, rope_attention_config
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
@@ -213,19 +213,28 @@ def test_linears_of_the_decode_chain(
     assert len(compiled) == 4
 
 
-# (q_heads, kv_heads, head_dim, page, window, sequences, longest context)
+# (q_heads, kv_heads, head_dim, page, window, sequences, longest context), and whether tiles are pipelined
 CHAIN_ATTENTION = [
-    ("dependent", (16, 8, 128, 32, None, 1, 40960)),
-    ("dependent", (16, 8, 128, 32, None, 8, 512)),
-    ("dependent", (32, 8, 64, 64, 300, 16, 4096)),
-    ("consumer", (14, 2, 64, 32, None, 3, 4096)),
-    ("consumer", (32, 8, 128, 32, None, 16, 512)),
+    ("dependent", (16, 8, 128, 32, None, 1, 40960), False),
+    ("dependent", (16, 8, 128, 32, None, 8, 512), False),
+    ("dependent", (16, 8, 128, 32, None, 4, 4096), True),
+    ("dependent", (16, 8, 128, 256, None, 8, 4096), True),
+    ("dependent", (32, 8, 64, 64, 300, 16, 4096), False),
+    ("dependent", (32, 8, 64, 64, 1000, 16, 4096), True),
+    ("dependent", (16, 8, 128, 32, None, 32, 512), True),
+    ("consumer", (14, 2, 64, 32, None, 3, 4096), False),
+    ("consumer", (32, 8, 128, 32, None, 10, 40960), True),
+    ("consumer", (32, 8, 128, 32, None, 16, 512), True),
 ]
 
 
-@pytest.mark.parametrize(("compiled", "case"), CHAIN_ATTENTION, indirect=["compiled"])
+@pytest.mark.parametrize(("compiled", "case", "pipelined"), CHAIN_ATTENTION, indirect=["compiled"])
 @pytest.mark.parametrize("with_norm", [True, False])
-def test_attention_of_the_decode_chain(compiled: list[str], case: tuple, with_norm: bool) -> None:
+def test_attention_of_the_decode_chain(
+    compiled: list[str], request: pytest.FixtureRequest, case: tuple, pipelined: bool, with_norm: bool
+) -> None:
+    """Both forms fit, ask for old keys before the wait and store nothing before it."""
+    gpu = TARGETS[request.node.callspec.params["compiled"]][0]
     q_heads, kv_heads, dim, page, window, sequences, longest = case
     cache = torch.zeros(2, kv_heads, page, dim, dtype=BF16)
     table, lengths = (torch.zeros(shape, dtype=torch.int32) for shape in ((sequences, 5), (sequences,)))
@@ -235,5 +244,7 @@ def test_attention_of_the_decode_chain(compiled: list[str], case: tuple, with_no
     rope_attention.rope_attention(
         qkv, norm_weight, norm_weight, 1e-6, angles, cache, cache, table, lengths, 0.1, window, longest
     )
-    assert compiled in (["_rope_attention_kernel"], ["_rope_attention_kernel", "_merge_kernel"])
-    assert len(compiled) == 2 or sequences * kv_heads > 48 and min(longest, window or longest) <= 512
+    keys = rope_attention._longest(longest, window, page)
+    config = rope_attention_config(sequences, kv_heads, dim, 2, keys, gpu)
+    assert compiled == ["_rope_attention_kernel"] + ["_merge_kernel"] * (config.max_splits > 1)
+    assert (config.num_stages > 1) == pipelined
