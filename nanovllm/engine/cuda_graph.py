@@ -115,7 +115,7 @@ class _Graphs:
         return pool
 
     def _run(self, key: Key) -> torch.Tensor:
-        """Replay a graph; its logits stay valid until its next replay."""
+        """Replay a graph. Its logits stay valid until the next replay of any graph that shares its pool."""
         self._graphs[key].replay()
         return self._logits[key]
 
