@@ -178,6 +178,21 @@ def test_new_weights_reach_the_kernel() -> None:
     torch.testing.assert_close(logits(model), after, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gate_proj", "act_fn", "down_proj"])
+def test_a_replaced_module_is_not_ignored(name: str) -> None:
+    """As adapters replace them: what the kernel computes cannot be replaced, what it does not is."""
+    model, other = tiny("llama_bias"), tiny("llama_bias")
+    fuse(model)
+    parts = [m.model.layers[0].mlp for m in (model, other)]
+    if name != "down_proj":
+        with pytest.raises(RuntimeError, match=f"{name} is part of a fused kernel: call nanovllm.fusion.unfuse"):
+            setattr(parts[0], name, nn.Sequential(getattr(parts[0], name), nn.Tanh()))
+        unfuse(model)
+    for part in parts:
+        setattr(part, name, nn.Sequential(getattr(part, name), nn.Tanh()))
+    torch.testing.assert_close(logits(model), logits(other), rtol=1e-5, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------- modules that are gates
 
 

@@ -193,7 +193,7 @@ def test_fused_models_can_be_copied(way: str) -> None:
     torch.testing.assert_close(logits(twin), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", ["load", "assign", "replace", "to", "in place"])
+@pytest.mark.parametrize("way", ["load", "assign", "replace", "delete", "to", "in place"])
 def test_new_weights_reach_the_fused_model(way: str) -> None:
     """Nothing that changes parameters leaves an old packed copy behind."""
     model, other = tiny("gemma"), tiny("gemma")
@@ -205,9 +205,11 @@ def test_new_weights_reach_the_fused_model(way: str) -> None:
     before = logits(model)
     if way in ("load", "assign"):
         model.load_state_dict(other.state_dict(), assign=way == "assign")
-    elif way == "replace":
+    elif way in ("replace", "delete"):
         for name, parameter in other.named_parameters():
             parent, _, last = name.rpartition(".")
+            if way == "delete":
+                delattr(model.get_submodule(parent), last)
             setattr(model.get_submodule(parent), last, parameter)
     elif way == "to":
         model.load_state_dict(other.state_dict())
@@ -224,6 +226,34 @@ def test_new_weights_reach_the_fused_model(way: str) -> None:
     storages = bytes_in_parameters(model)
     unfuse(model)
     assert abs(bytes_in_parameters(model) - storages) <= 6 * 64 * 4  # 1 + weight of six norms, and nothing else twice
+
+
+def test_a_call_with_other_parameters() -> None:
+    """`functional_call` lends the model parameters for one call; the model's and the lender's stay as they were."""
+    model, other = tiny("gemma"), tiny("gemma")
+    lent = {name: 1.5 * p.detach() for name, p in other.named_parameters() if "layers" in name}
+    storages = {name: tensor.data_ptr() for name, tensor in lent.items()}
+    fuse(model)
+    before = logits(model)
+    with torch.no_grad():
+        ours, theirs = (torch.func.functional_call(m, lent, (IDS,)).logits for m in (model, other))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert (ours - before).abs().max() > 0.1
+    assert torch.equal(logits(model), before)
+    assert {name: tensor.data_ptr() for name, tensor in lent.items()} == storages
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.up_proj", "input_layernorm"])
+def test_computed_weights_reach_the_fused_model(name: str) -> None:
+    class Twice(nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return 2 * weight
+
+    model, other = tiny("llama"), tiny("llama")
+    fuse(model)
+    for m in (model, other):
+        nn.utils.parametrize.register_parametrization(m.model.layers[1].get_submodule(name), "weight", Twice())
+    torch.testing.assert_close(logits(model), logits(other), rtol=1e-5, atol=1e-5)
 
 
 def test_captured_graphs_see_loaded_weights() -> None:
@@ -255,6 +285,24 @@ def test_training_is_refused() -> None:
     unfuse(model)
     model(IDS).logits.sum().backward()
     assert model.model.layers[0].self_attn.q_proj.weight.grad is not None
+
+
+@pytest.mark.parametrize("part", ["self_attn.q_proj", "mlp.up_proj", "input_layernorm"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_no_gradient_is_lost(part: str, autocast: bool) -> None:
+    """Parameters may want gradients, or none any more, after the model has been fused."""
+    model = tiny("llama").requires_grad_(False)
+    fuse(model)
+    model.lm_head.requires_grad_(True)
+    wanting = model.model.layers[1].get_submodule(part).requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = model(IDS).logits
+        with pytest.raises(NotImplementedError, match="no backward"):
+            y.sum().backward()
+    assert model.lm_head.weight.grad is not None
+    wanting.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(IDS).logits.sum().backward()  # of what is not fused
 
 
 def test_a_layer_called_by_itself_is_right() -> None:

@@ -14,9 +14,9 @@ un-normalised x in its place would not be. A linear that is called by itself wit
 
 Modules stay the same objects; only their class changes. The linears' parameters become slices of one packed weight:
 same names and values in `state_dict`, and what is loaded or written into them in place is what the operator reads. No
-weight is in memory twice but while its group is packed, one group after the other. Moving, assigning or copying them
-undoes the packing, and the next forward packs again. Two things go unnoticed: `parameter.data = other`, and writing
-into a Gemma norm's weight other than by `load_state_dict`, for 1 + weight is kept.
+weight is in memory twice but while its group is packed, one group after the other. Moving, copying or replacing them
+in any way undoes the packing, and the next forward packs again. Two things go unnoticed: `parameter.data = other`, and
+writing into a Gemma norm's weight other than by `load_state_dict`, for 1 + weight is kept.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import nn
 from nanovllm.fusion.detect import Group, example_call, observe
 from nanovllm.fusion.flow import tensors
 from nanovllm.kernels import reference
-from nanovllm.kernels.rms_norm_linear_fusion import rms_norm_linear
+from nanovllm.kernels.rms_norm_linear_fusion import no_backward, rms_norm_linear
 
 _PACKED = ("packed_weight", "packed_bias", "packed_gamma")
 
@@ -104,6 +104,7 @@ class FusedNorm(_Member):
     fused_class: type[nn.Module]  # the norm's own
     fused_group: Group
     fused_linears: tuple[nn.Linear, ...]
+    fused_parts: tuple[tuple[nn.Module, str, torch.Tensor | None], ...]  # what was packed, and whose it was
     fused_mlp: tuple[
         nn.Module, ...
     ]  # what computes SwiGLU, if that is part of the group; in a tuple, as it is no child
@@ -116,12 +117,17 @@ class FusedNorm(_Member):
         if self.training:
             raise RuntimeError("a fused model cannot be trained: call nanovllm.fusion.unfuse(model) first")
         weight = self.packed_weight
-        if weight is None:
+        if weight is None or not _is_current(self):
             weight = _pack(self)
+        if torch.is_grad_enabled() and any(part is not None and part.requires_grad for _, _, part in self.fused_parts):
+            weight = weight.detach().requires_grad_()  # backward() fails: it must not leave a part without gradient
         form, activation = self.fused_group.form, self.fused_group.activation
         if form is None or torch.is_autocast_enabled(x.device.type):
             y = F.linear(self.fused_class.forward(self, x), weight, self.packed_bias)
-            return y if activation is None else reference.silu_mul(y)
+            y = y if activation is None else reference.silu_mul(y)
+            if weight.requires_grad:
+                y.register_hook(no_backward)
+            return y
         return rms_norm_linear(x, weight, self.packed_gamma, form.eps, bias=self.packed_bias, activation=activation)
 
     def _owner(self) -> FusedNorm:
@@ -159,6 +165,11 @@ class FusedMLP(nn.Module):
     fused_class: type[nn.Module]  # the module's own
     fused_down: str  # its child that reads the product
     fused_width: int
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._modules.get(name, value) is not value and name != self.fused_down:
+            raise RuntimeError(f"{name} is part of a fused kernel: call nanovllm.fusion.unfuse(model) to replace it")
+        super().__setattr__(name, value)
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
         """[..., I] -> down(y); [..., K] that did not come from the norm -> as ever."""
@@ -209,7 +220,7 @@ def _restore(norm: FusedNorm) -> None:
     """The inverse of `_replace`."""
     linears, names = norm.fused_linears, ("weight", "bias")
     for linear in linears:
-        for parameter in (linear._parameters[name] for name in names):
+        for parameter in (linear._parameters.get(name) for name in names):
             if parameter is not None and len(linears) > 1:
                 parameter.data = parameter.data.clone()
         del linear.fused_norm, linear.fused_columns
@@ -217,7 +228,7 @@ def _restore(norm: FusedNorm) -> None:
     for mlp in norm.fused_mlp:
         mlp.__class__ = mlp.fused_class  # type: ignore[assignment]
         del mlp.fused_down, mlp.fused_width
-    del norm.fused_linears, norm.fused_group, norm.fused_mlp
+    del norm.fused_linears, norm.fused_group, norm.fused_mlp, norm.fused_parts
     for name in _PACKED:
         delattr(norm, name)
         norm._non_persistent_buffers_set.discard(name)
@@ -228,6 +239,7 @@ def _restore(norm: FusedNorm) -> None:
 @torch.no_grad()
 def _pack(norm: FusedNorm) -> torch.Tensor:
     """Lay the linears' weights (and biases) one after the other and make their parameters slices of that."""
+    _unpack(norm)
     linears, form = norm.fused_linears, norm.fused_group.form
     norm.packed_weight = weight = _joined([linear.weight for linear in linears])
     biases = [linear.bias for linear in linears]
@@ -236,25 +248,34 @@ def _pack(norm: FusedNorm) -> torch.Tensor:
             linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears
         ])  # fmt: skip
     if form is not None and form.gamma is not None:
-        gamma = norm.get_parameter(form.gamma)
+        gamma = getattr(norm, form.gamma)
         # Gemma adds 1 and multiplies in float32; the operator takes gamma in x's dtype: one more rounding of gamma.
-        packed = (1 + gamma.float()).to(gamma.dtype) if form.plus_one else gamma.detach()
-        norm.packed_gamma = packed.requires_grad_(gamma.requires_grad)
+        norm.packed_gamma = (1 + gamma.float()).to(gamma.dtype) if form.plus_one else gamma.detach()
+    named: list[tuple[nn.Module, str]] = [(linear, name) for linear in linears for name in ("weight", "bias")]
+    if form is not None and form.gamma is not None:
+        named.append((norm, form.gamma))
+    norm.fused_parts = tuple((module, name, getattr(module, name)) for module, name in named)
     return weight
 
 
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One tensor of all rows; the parts become its slices.
+def _is_current(norm: FusedNorm) -> bool:
+    """Whether the packed parameters are still those of the modules, which what something computes never is.
 
-    It wants a gradient if one of them does, so that the operator, which has no backward, says so in `backward()`
-    instead of leaving that part without one.
+    `torch.export` puts tensors of its own in the place of all parameters, and of the packed ones as well.
     """
+    parts = norm.fused_parts
+    return torch.compiler.is_exporting() or all(module._parameters.get(name) is part for module, name, part in parts)
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One tensor of all rows; the parts become its slices, unless something computes them."""
     joined = parts[0].detach()
     if len(parts) > 1:
         joined = torch.cat([part.detach() for part in parts])
         for part, piece in zip(parts, joined.split([len(part) for part in parts]), strict=True):
-            part.data = piece
-    return joined.requires_grad_(any(part.requires_grad for part in parts))
+            if type(part) is nn.Parameter:
+                part.data = piece
+    return joined
 
 
 def _unpack(norm: FusedNorm) -> None:
@@ -279,7 +300,7 @@ def _refresh(norm: FusedNorm) -> None:
         if bias is not None and linear.bias is not None:
             same = same and _is(linear.bias, bias.split(sizes)[i])
     if form is not None and form.gamma is not None and folded is not None:
-        gamma = norm.get_parameter(form.gamma)
+        gamma = getattr(norm, form.gamma)
         if form.plus_one and (gamma.dtype, gamma.device) == (folded.dtype, folded.device):
             folded.copy_(1 + gamma.float())
         else:
