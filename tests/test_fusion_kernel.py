@@ -307,6 +307,8 @@ BAD = {
     "dtype": ({"weight": torch.ones(4, 8, dtype=F16)}, "weight is torch.float16 on cpu but x is torch.float32"),
     "norm dtype": ({"norm_weight": torch.ones(8, dtype=BF16)}, "norm_weight is torch.bfloat16"),
     "device": ({"bias": torch.ones(4, device="meta")}, "bias is torch.float32 on meta but x is torch.float32 on cpu"),
+    "integers": ({"x": torch.ones(2, 8).int(), "weight": torch.ones(4, 8).int(), "norm_weight": None}, "torch.int32"),
+    "complex": ({"x": torch.ones(2, 8, dtype=torch.complex64)}, "floating-point tensor, got torch.complex64"),
     "eps": ({"eps": -1e-6}, "eps must be 0 or positive, got -1e-06"),
     "NaN": ({"eps": float("nan")}, "got nan"),
     "activation": ({"activation": "gelu"}, "got 'gelu'"),

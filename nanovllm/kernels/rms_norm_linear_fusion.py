@@ -144,6 +144,8 @@ def _check(
     activation: str | None,
 ) -> None:
     """Raise the one ValueError of arguments that do not belong together."""
+    if not x.is_floating_point():
+        raise ValueError(f"x must be a floating-point tensor, got {x.dtype}")
     if x.dim() < 1 or weight.dim() != 2:
         raise ValueError(f"x must be [..., K] and weight [N, K], got {_shape(x)} and {_shape(weight)}")
     rows, width = weight.shape
@@ -335,9 +337,9 @@ def _operator_shape(
     return x.new_empty((*x.shape[:-1], rows // 2 if activation == "swiglu" else rows))
 
 
-def _no_backward(context: Any, *gradients: torch.Tensor) -> None:
+def no_backward(context: Any, *gradients: torch.Tensor) -> None:
     """Training would need kernels that do not exist: say so where a gradient would silently be missing."""
-    raise NotImplementedError("rms_norm_linear has no backward: train the unfused model, fuse it for inference")
+    raise NotImplementedError("rms_norm_linear has no backward: use torch.no_grad(), and train the unfused model")
 
 
 # The operator as PyTorch sees it: `torch.compile` and `torch.export` take it whole, CUDA graphs capture its launches.
@@ -349,4 +351,4 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("rms_norm_linear", _operator, "CompositeExplicitAutograd")
 torch.library.register_fake("nanovllm::rms_norm_linear", _operator_shape, lib=_LIBRARY)
-torch.library.register_autograd("nanovllm::rms_norm_linear", _no_backward, lib=_LIBRARY)
+torch.library.register_autograd("nanovllm::rms_norm_linear", no_backward, lib=_LIBRARY)
