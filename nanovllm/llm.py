@@ -7,7 +7,7 @@ requests run in the same batches.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -62,7 +62,8 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or a list of them, through the model's chat template."""
-        conversations: list[Any] = [messages] if messages and isinstance(messages[0], dict) else list(messages)
+        single = isinstance(next(iter(messages), None), (Mapping, str))  # a string is a mistake that rendering explains
+        conversations: list[Any] = [messages] if single else list(messages)
         prompts = [
             self.engine.render_chat(messages, add_generation_prompt, **(chat_template_kwargs or {}))
             for messages in conversations
@@ -151,7 +152,7 @@ def _is_single(prompts: Any) -> bool:
 
 
 def _broadcast(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams | None]:
-    if params is None or isinstance(params, SamplingParams):
+    if not isinstance(params, Sequence):  # whatever it is, every request refuses what is none
         return [params] * count
     listed: list[SamplingParams | None] = list(params)
     if len(listed) != count:

@@ -186,6 +186,7 @@ def test_a_snapshot_that_says_finished_is_complete(llm: LLM, monkeypatch: pytest
         ([3], GREEDY.clone(stop="x"), ValueError, "stop strings need a tokenizer"),
         ([3], GREEDY.clone(logit_bias={500: 1.0}), ValueError, "logit_bias names token 500"),
         ([3], {"temperature": 0}, TypeError, "SamplingParams"),
+        (b"ab", GREEDY, TypeError, "decode these bytes"),
     ],
 )  # fmt: skip
 def test_bad_requests_are_refused(llm: LLM, prompt: Any, params: Any, error: type[Exception], words: str) -> None:
@@ -237,6 +238,21 @@ def test_unknown_keywords_name_the_nearest(model: str) -> None:
         LLM(model, max_model_length=5)
     with pytest.raises(TypeError, match="did you mean 'temperature'"):
         SamplingParams(temprature=1.0)  # type: ignore[call-arg]
+
+
+def test_mistakes_of_a_whole_call_are_named(llm: LLM) -> None:
+    with pytest.raises(TypeError, match="sampling_params must be a SamplingParams, got dict"):
+        llm.generate(PROMPTS[0], {"temperature": 0}, use_tqdm=False)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="decode these bytes"):
+        llm.generate(b"ab", GREEDY, use_tqdm=False)  # type: ignore[arg-type]
+
+
+def test_a_prompt_in_a_dictionary(llm: LLM, expected: list[list[int]]) -> None:
+    """Either of the two, and None for the other one, as vLLM's callers pass them."""
+    prompts = [{"prompt_token_ids": PROMPTS[0]}, {"prompt": None, "prompt_token_ids": PROMPTS[0]}]
+    assert ids(llm.generate(prompts, GREEDY, use_tqdm=False)) == expected[:1] * 2
+    with pytest.raises(ValueError, match="no tokenizer"):
+        llm.generate({"prompt": "text", "prompt_token_ids": None}, GREEDY, use_tqdm=False)
 
 
 def test_number_of_params_must_match(llm: LLM) -> None:

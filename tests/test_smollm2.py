@@ -100,6 +100,12 @@ def test_chat_answers_paris(llm: LLM) -> None:
     assert output.prompt_token_ids == CASES[9]["prompt_token_ids"]
 
 
+@pytest.mark.parametrize("messages", [{"role": "user", "content": "Hi"}, "Hi", ["Hi"]])
+def test_chat_explains_what_a_message_is(llm: LLM, messages: Any) -> None:
+    with pytest.raises(ValueError, match='a message is a dictionary with "role" and "content", got'):
+        llm.chat(messages, GREEDY, use_tqdm=False)
+
+
 def test_stop_strings(llm: LLM) -> None:
     """Cut at the string, wherever the tokens fall; streamed text never shows a part of it."""
     text = CASES[0]["text"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 
 from nanovllm.cli import chat, collect_env, generate, inspect_model, profile, tune
@@ -21,7 +23,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command. A mistake of the user is one sentence on stderr and exit status 2."""
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args)
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` has: no mistake
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush complains
+        return 128 + signal.SIGPIPE
     except (ValueError, TypeError, OSError) as error:
         if args.debug:
             raise

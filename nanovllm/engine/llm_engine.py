@@ -300,10 +300,13 @@ class LLMEngine:
             unknown = set(prompt) - {"prompt", "prompt_token_ids"}
             if unknown or not prompt:
                 raise ValueError(f'a prompt dictionary has "prompt" or "prompt_token_ids", got {sorted(prompt)}')
-            text, prompt = prompt.get("prompt"), prompt.get("prompt_token_ids", prompt.get("prompt"))
+            text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+            prompt = text if token_ids is None else token_ids
         if isinstance(prompt, str):
             return prompt, self.require_tokenizer().encode(prompt)
         try:
+            if isinstance(prompt, (bytes, bytearray)):
+                raise TypeError("decode these bytes first")
             return text, [_as_token_id(token) for token in prompt]
         except TypeError as error:
             raise TypeError(f"a prompt is a string or a list of token ids: {error}") from error

@@ -1,0 +1,17 @@
+"""The command line as shells use it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+
+def test_a_reader_that_leaves_is_no_mistake() -> None:
+    """`nanovllm collect-env | head -1`: no complaint, and the exit status of a program that SIGPIPE ended."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "nanovllm", "collect-env"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
