@@ -203,12 +203,10 @@ def test_preemption_and_prefix_cache_on_the_gpu(tmp_path: Path) -> None:
 
 
 def test_memory_budget_counts_this_process_only(tmp_path: Path) -> None:
-    """Two engines in one process, each with an absolute cache; closing gives the memory back.
-
-    All but cuBLAS's workspace for the stream that graphs are recorded on, 32 MiB however many engines there were.
-    """
+    """Two engines in one process, each with a cache of its own; closing gives the memory back."""
     save_model("llama", tmp_path)
     options: dict[str, Any] = dict(max_model_len=256, max_num_seqs=8, show_progress=False)
+    LLM(str(tmp_path), num_kvcache_blocks=64, **options).close()  # leaves cuBLAS's workspaces, 32 MiB a stream
     before = torch.cuda.memory_allocated()
     with (
         LLM(str(tmp_path), kv_cache_memory_bytes=64 << 20, **options) as first,
@@ -220,7 +218,7 @@ def test_memory_budget_counts_this_process_only(tmp_path: Path) -> None:
         params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
         outputs = [engine.generate([[5, 6, 7]], params, use_tqdm=False)[0]["token_ids"] for engine in (first, second)]
     assert outputs[0] == outputs[1]
-    assert torch.cuda.memory_allocated() - before < 40 << 20
+    assert torch.cuda.memory_allocated() - before < 1 << 20
 
 
 def test_graphs_share_the_memory_of_their_logits(tmp_path: Path) -> None:
