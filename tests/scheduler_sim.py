@@ -97,7 +97,7 @@ class FakeModel:
         written = []
         for item in batch.scheduled:
             prints = fingerprints(item.seq)
-            for position, slot in zip(item.positions, item.slots(self.block_size), strict=True):
+            for position, slot in zip(range(item.start, item.context_len), item.slots(self.block_size), strict=True):
                 if slot >= 0:
                     self.kv[slot] = GARBAGE if garbage or self.is_lost(item) else prints[position]
                     written.append(slot)

@@ -51,7 +51,7 @@ def test_batch_entry_tells_the_device_side_everything() -> None:
     scheduler.update(scheduler.schedule(), [])
     (item,) = scheduler.schedule().scheduled
     assert (item.start, item.num_tokens, item.context_len, item.is_decode) == (6, 4, 10, False)
-    assert item.token_ids == [6, 7, 8, 9] and list(item.positions) == [6, 7, 8, 9]
+    assert item.token_ids == [6, 7, 8, 9] and (item.start, item.context_len) == (6, 10)
     assert item.block_table == [0, 1, 2] and item.slots(4) == [6, 7, 8, 9]
 
 

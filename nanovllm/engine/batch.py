@@ -35,10 +35,6 @@ class ScheduledSequence(NamedTuple):
         return self.seq.token_ids[self.start : self.start + self.num_tokens]
 
     @property
-    def positions(self) -> range:
-        return range(self.start, self.start + self.num_tokens)
-
-    @property
     def scores_prompt(self) -> bool:
         """Whether log-probabilities of prompt tokens are wanted and some of this chunk's predict one."""
         return self.seq.num_prompt_logprobs is not None and self.start < self.seq.num_prompt_tokens - 1

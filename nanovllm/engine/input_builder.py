@@ -186,7 +186,7 @@ class InputBuilder:
         for i, item in enumerate(items):
             span = slice(query_start[i], query_start[i + 1])
             ids[span] = item.token_ids if item.start < item.seq.num_tokens else self._token(item)
-            positions[span] = item.positions
+            positions[span] = np.arange(item.start, item.context_len)
             slots[span] = item.slots(self.block_size)
             table[i, : len(item.block_table)] = item.block_table
         rows[: batch.num_samples] = [query_start[i + 1] - 1 for i, item in enumerate(items) if item.samples]
