@@ -6,6 +6,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+import nanovllm
+from nanovllm.cli import main
+
 
 def test_a_reader_that_leaves_is_no_mistake() -> None:
     """`nanovllm collect-env | head -1`: no complaint, and the exit status of a program that SIGPIPE ended."""
@@ -15,3 +20,9 @@ def test_a_reader_that_leaves_is_no_mistake() -> None:
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"nanovllm {nanovllm.__version__}\n")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 
+from nanovllm import __version__
 from nanovllm.cli import chat, collect_env, generate, inspect_model, profile, tune
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(prog="nanovllm", description="A small, readable LLM inference engine.")
+    parser.add_argument("--version", action="version", version=f"nanovllm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (generate, chat, inspect_model, profile, tune, collect_env):
         module.add_parser(commands)
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         return status
     except BrokenPipeError:  # whoever reads has seen enough, as `head` has: no mistake
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush complains
-        return 128 + signal.SIGPIPE
+        return 141  # what shells report of a program that SIGPIPE ended; Windows has no such signal
     except (ValueError, TypeError, OSError) as error:
         if args.debug:
             raise
