@@ -302,10 +302,22 @@ def test_ncu_counts_kernels_by_case_and_role() -> None:
     layer = "model.layers.0.self_attn"
     twin = [Labelled("gemv_kernel", (f"{layer}.qkv_proj",)), Labelled("norm", ("model.norm",)),
             Labelled("gemv_kernel", ("lm_head",))]  # fmt: skip
-    head, qkv, norm = ncu.count(tables["decode-b1"], twin)
+    head, qkv, norm = ncu.count(tables["decode-b1"], 1, twin)
     assert (head.role, head.us, head.bytes_read) == ("head", 6000, 1014e6)
     assert (qkv.role, qkv.launches, qkv.us, qkv.dram_percent, qkv.occupancy_percent) == ("qkv", 1, 4.0, 60, 40)
     assert qkv.gb_s == pytest.approx((12e6 + 8e3) / 4e-6 / 1e9) and (norm.name, norm.role) == ("norm", "final norm")
+
+
+def test_ncu_finds_the_roles_of_a_graph_that_has_no_ranges() -> None:
+    attention = ["_rms_norm_kernel", "gemm_a", "_prefill_kernel", "gemm_b"]
+    mlp = ["_rms_norm_kernel", "gemm_c", "_silu_mul_kernel", "gemm_d"]
+    names = ["_feed_kernel", *[*attention, *mlp] * 2, "_rms_norm_kernel", "gemm_e"]
+    header = NCU.splitlines()[2:4]
+    rows = [f'"{i}","{name}","","1.0","0","5","2.0","20"' for i, name in enumerate(names)]
+    found = ncu.count("\n".join([*header, *rows]) + "\n", 2, [])
+    roles = {(row.name, row.role): row.launches for row in found}
+    assert roles["gemm_a", "qkv"] == roles["gemm_c", "gate_up"] == roles["_prefill_kernel", "attention"] == 2
+    assert roles["_rms_norm_kernel", "norm"] == 4 and roles["gemm_e", "head"] == roles["_feed_kernel", "prepare"] == 1
 
 
 def test_what_is_no_table_of_ncu() -> None:
@@ -314,7 +326,7 @@ def test_what_is_no_table_of_ncu() -> None:
     with pytest.raises(ValueError, match="names no NVTX ranges"):
         ncu.split(NCU.replace("nanovllm.labels", "other"), ["decode-b1"])
     with pytest.raises(ValueError, match="not a table of ncu"):
-        ncu.count('"ID","Kernel Name"\n"",""\n"0","k"\n', [])
+        ncu.count('"ID","Kernel Name"\n"",""\n"0","k"\n', 1, [])
 
 
 def test_unknown_cases_and_profilers() -> None:

@@ -179,18 +179,18 @@ def distil(recording: Recording) -> Profile:
         _row(role, role, by_role[role], len(steps), period, traffic.get(role)) for role in ROLES if role in by_role
     ]
     kernels.sort(key=lambda row: -row.exposed_us)
-    counted, why_not = _counted(recording.counters, labels)
+    counted, why_not = _counted(recording.counters, facts.num_layers, labels)
     median = representative(steps)
     rows = tuple(kernels), tuple(roles)
     return Profile(facts, trace.source, tuple(steps), median, *rows, layered, counted, why_not)
 
 
-def _counted(counters: str, labels: Sequence[Labelled]) -> tuple[tuple[Counted, ...], str]:
+def _counted(counters: str, num_layers: int, labels: Sequence[Labelled]) -> tuple[tuple[Counted, ...], str]:
     """ncu's rows, or why there are none."""
     if not counters.startswith('"ID"'):
         return (), counters
     try:
-        return tuple(count(counters, labels)), ""
+        return tuple(count(counters, num_layers, labels)), ""
     except ValueError as error:
         return (), str(error)
 

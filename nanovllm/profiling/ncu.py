@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanovllm.profiling.attribute import align
+from nanovllm.profiling.attribute import attribute
 from nanovllm.profiling.nsys import NVIDIA, complaint
 from nanovllm.profiling.trace import LABELS, Labelled, short_name
 
@@ -77,7 +77,7 @@ class Counted:
         return (self.bytes_read + self.bytes_written) / self.us / 1e3 if self.us else 0.0
 
 
-def count(table: str, labelled: Sequence[Labelled]) -> list[Counted]:
+def count(table: str, num_layers: int, labelled: Sequence[Labelled]) -> list[Counted]:
     """Rows of one case (`split`) by kernel and role, those with most time first. ValueError when it is no table."""
     reader = csv.DictReader(io.StringIO(table))
     units = next(reader, {})  # the row below the header
@@ -91,7 +91,7 @@ def count(table: str, labelled: Sequence[Labelled]) -> list[Counted]:
         raise ValueError(f"not a table of ncu: {error}") from error
     names = [short_name(str(row["name"])) for row in rows]
     groups: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
-    for name, place, row in zip(names, align(names, labelled), rows, strict=True):
+    for name, place, row in zip(names, attribute(names, num_layers, labelled), rows, strict=True):
         groups[name, place.role].append({key: float(value) for key, value in row.items() if key != "name"})
     found = []
     for (name, role), group in groups.items():
