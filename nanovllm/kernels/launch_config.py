@@ -137,12 +137,13 @@ def rope_attention_config(
     at contexts 256 / 384 / 1,024 / 4,096). One sequence, 8 warps: up to 16 splits 17.2 / 17.4 / 18.8 / 24.1; in two
     stages 17.7 / 17.9 / 18.3 / 25.5. There is room for 16 splits also where the bound allows 4: a layer takes 17.5 us
     instead of 17.9 at 256 (two sequences: 8 splits 18.5, 16 19.0). Three, 4 warps: up to 10 splits 19.6 at 384, and
-    beyond 24.6 / 38.0, with tiles of 64 in three stages 26.2 / 39.8; four 20.8, and 29.9 / 47.6 or 26.2 / 46.7; six
-    22.8, and 29.0 / 61.5 or 31.8 / 60.1. Eight, beyond 512 keys: 4 splits in registers 36.1 / 70.8, two in three stages
-    33.9 / 67.1. Sixteen, up to 512 keys: no splits 29.1 / 32.6, three stages 30.3 / 32.5 (26.6 instead of 24.7 at 128);
-    beyond, 4 splits in registers 50.0 / 124; no splits in three stages 47.2 / 113, in four 47.9 / 116, room for four
-    splits of 4,096 keys, so that a long sequence among short ones is no program's alone, 47.7 / 115. More programs than
-    SMs, 32 sequences at 256 / 1,024: tiles of 64 in three stages 52.1 / 85.4, of 128 in registers 55.1 / 93.7.
+    beyond 24.6 / 38.0, with tiles of 64 in three stages 26.2 / 39.8; four 20.8, and beyond 26.2 / 47.6 or 26.2 / 46.7,
+    but in between, end to end, 6 to 7 % faster in registers; six 22.8, and 29.0 / 61.5 or 31.8 / 60.1. Eight, beyond
+    512 keys: 4 splits in registers 36.1 / 70.8, two in three stages 33.9 / 67.1. Sixteen, up to 512 keys: no splits
+    29.1 / 32.6, three stages 30.3 / 32.5 (26.6 instead of 24.7 at 128); beyond, 4 splits in registers 50.0 / 124; no
+    splits in three stages 47.2 / 113, in four 47.9 / 116, room for four splits of 4,096 keys, so that a long sequence
+    among short ones is no program's alone, 47.7 / 115. More programs than SMs, 32 sequences at 256 / 1,024: tiles of 64
+    in three stages 52.1 / 85.4, of 128 in registers 55.1 / 93.7.
     """
     if element_size == 4 or head_dim > 128:
         return decode_config(num_seqs, num_kv_heads, head_dim, element_size, max_context_len, gpu)
@@ -152,8 +153,6 @@ def rope_attention_config(
         num_warps, most, min_split = 8, 8 if programs > 8 and short else 16, 128
     elif programs <= 48:
         num_warps, most, min_split = 4, max(8, 256 // programs), 128 if short else 256
-        if not short and 24 < programs <= 32:
-            block_n, stages = 64, 3
     elif programs > gpu.num_sms:
         num_warps, block_n, stages = 4, 64, 3
         most, min_split = (1, 512) if short else (4, 8192)
