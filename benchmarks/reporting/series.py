@@ -94,7 +94,7 @@ def slug(device: str) -> str:
 
 
 def caption(records: Sequence[Record]) -> str:
-    """Device, dtype, weights, versions, dates and commits of our rows; of the others', the dates where they differ."""
+    """Device, dtype, weights, versions, dates and commits of our rows; the dates of the others'."""
     ours = [r for r in records if r.engine == OURS] or list(records)
 
     def each(values: set[str]) -> str:
@@ -104,6 +104,9 @@ def caption(records: Sequence[Record]) -> str:
     versions = [f"torch {each({r.torch for r in ours})}", f"Triton {each({r.triton for r in ours})}"]
     what = [each({r.device for r in records}), each({r.dtype for r in ours}), each(weights)]
     when = f"commit {each({r.commit for r in ours})}, {each({r.date for r in ours})}"
-    peers = sorted({(_NAMES.get(r.engine, r.engine), r.date) for r in records if r.date not in {o.date for o in ours}})
-    others = [f"other runs: {', '.join(f'{name} {date}' for name, date in peers)}"] * bool(peers)
+    peers: dict[str, set[str]] = {}
+    for r in records:
+        if r not in ours:
+            peers.setdefault(_NAMES.get(r.engine, r.engine), set()).add(r.date)
+    others = [f"{name} {each(dates)}" for name, dates in sorted(peers.items())]
     return "; ".join([", ".join(w for w in what if w), ", ".join(versions), when, *others])
