@@ -131,7 +131,7 @@ def decode_config(
 def rope_attention_config(
     num_seqs: int, num_kv_heads: int, head_dim: int, element_size: int, max_context_len: int, gpu: Gpu
 ) -> DecodeConfig:
-    """Few keys: the first tile of 128 waits in registers. Many: tiles on their way into shared memory.
+    """Few keys or few sequences: the first tile of 128 waits in registers. Else tiles are on the way to shared memory.
 
     Splits are merged by a kernel of their own. Measured in the decode chain (H100, Triton 3.6.0, Qwen3-0.6B, us a layer
     at contexts 256 / 384 / 1,024 / 4,096). One sequence, 8 warps: up to 16 splits 17.2 / 17.4 / 18.8 / 24.1; in two
