@@ -6,9 +6,11 @@
     python benchmarks/bench_fusion_operator.py --rows 128 256 1024 2048 8192    prefill: norm and cuBLAS, kernels to 128
     python benchmarks/bench_fusion_operator.py --folded --rows 64 1024 8192     gamma is part of the weight
 
-One CUDA GPU. Prints wins and losses and the worst case; rows go to bench_results/metrics.csv, or to --csv, and the
-table to --table: both while the run goes on, so that SIGTERM or Ctrl-C loses nothing. How it measures:
-nanovllm/tuning/measure.py; against what: harness/fusion_operator.py.
+One CUDA GPU. On Hopper each case is measured twice: by kernels that start when the one in front has ended ("fused"),
+and by kernels launched as dependents, as the engine's are ("dependent": `weights_ready=True`). Prints wins and losses
+and the worst case; rows go to bench_results/metrics.csv, or to --csv, and the table to --table: both while the run goes
+on, so that SIGTERM or Ctrl-C loses nothing. How it measures: nanovllm/tuning/measure.py; against what:
+harness/fusion_operator.py.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ def main() -> None:
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # the workers compile; a pool of Inductor's would disturb
     shapes = {name: SHAPES[name] for name in args.models}
     wanted = distinct(cases(shapes, args.rows, args.dtype, args.layers, folded=args.folded))
-    stages = plan(wanted, gpu_of(device), pdl=args.pdl)
+    stages = plan(wanted, gpu_of(device))
     jobs = args.jobs or default_jobs(torch.cuda.mem_get_info(device)[0])
     origin, report = provenance("cuda"), Report(wanted, [], read_bandwidth(device))
     writer = None
@@ -89,7 +91,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, help="processes that compile; default: by cores and memory")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no new case is begun")
     parser.add_argument("--folded", action="store_true", help="weights with gamma in them; no fused kernel is tried")
-    parser.add_argument("--pdl", action="store_true", help="try the candidates as dependent launches")
     parser.add_argument("--table", nargs="?", type=Path, const=TABLES.parent, help=f"folder for {OPERATOR}/DEVICE.json")
     parser.add_argument("--csv", type=Path, default=METRICS)
     args = parser.parse_args()

@@ -12,7 +12,7 @@ import torch
 from tiny_models import save_model
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.kernels.chain_config import MAX_DEPENDENT_ROWS, linear_config
+from nanovllm.kernels.chain_config import MAX_FUSED_ROWS, linear_config
 from nanovllm.kernels.fusion_config import Problem
 from nanovllm.kernels.launch_config import H100, MAX_SPLITS, Gpu, next_power_of_2, rope_attention_config
 
@@ -57,7 +57,7 @@ def test_policy_fits_every_shape(gpu: Gpu, dtype: str) -> None:
     for k in (64, 576, 896, 1000, 1024, 2560, 3072, 4096, 8192, 12288, 14336, 18944):
         for n in (64, 576, 1024, 4096, 12288, 151936):
             for swiglu in (False, True):
-                for m in range(1, (4 if dtype == "float32" else MAX_DEPENDENT_ROWS) + 1):
+                for m in range(1, (4 if dtype == "float32" else MAX_FUSED_ROWS) + 1):
                     problem = Problem(m, n, k, dtype, swiglu)
                     config = linear_config(problem, gpu)
                     assert config.faults(problem, gpu) == [], problem

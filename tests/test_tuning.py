@@ -41,6 +41,7 @@ from nanovllm.tuning.measure import Operands, Replay, Result, Variant, calls_for
 from nanovllm.tuning.search import plan, search
 from nanovllm.tuning.turns import take_turns
 
+DEPENDENT = dataclasses.replace(H100, pdl=True)
 CONSUMER = Gpu(num_sms=82, shared_memory=99 * 1024)
 CPU = torch.device("cpu")
 SMALL = Case("tiny", "qkv", Problem(2, 24, 64, "float32"))
@@ -73,12 +74,12 @@ def test_the_built_in_shapes_are_those_of_the_benchmarks(monkeypatch: pytest.Mon
 ALL = [case.problem for case in cases(SHAPES, (1, 2, 3, 4, 8, 9, 16, 32, 64, 128, 4096))]
 
 
-@pytest.mark.parametrize("gpu", [H100, CONSUMER], ids=["h100", "consumer"])
-@pytest.mark.parametrize("pdl", [False, True])
-def test_candidates_can_run_and_are_few(gpu: Gpu, pdl: bool) -> None:
+@pytest.mark.parametrize("gpu", [H100, CONSUMER, DEPENDENT], ids=["h100", "consumer", "dependent"])
+def test_candidates_can_run_and_are_few(gpu: Gpu) -> None:
     for problem in ALL:
-        found = candidates(problem, gpu, pdl=pdl)
-        assert not [config for config in found if config.faults(problem, gpu) or config.launch_pdl != pdl]
+        found = candidates(problem, gpu)
+        assert not [config for config in found if config.faults(problem, gpu)]
+        assert any(config.launch_pdl for config in found) == (gpu.pdl and problem.m <= 64)
         assert len(set(found)) == len(found) <= 120, (problem, len(found))
         if problem.m > 128:  # nobody beats cuBLAS there
             assert found == []
@@ -103,6 +104,23 @@ def test_the_best_configurations_known_are_candidates() -> None:
     }.items():
         found = [str(config) for config in candidates(problem, H100)]
         assert text in found, (problem, found)
+
+
+@pytest.mark.parametrize(
+    ("problem", "text"),
+    [
+        (Problem(1, 4096, 1024), "gemv/4/256/2/pdl"),
+        (Problem(2, 6144, 2560), "panel/8/32/1024/4/pdl"),
+        (Problem(16, 6144, 4096), "panel/16/16/1024/4/late"),
+        (Problem(32, 4096, 1024), "tile/32/64/256/4/3/pdl"),
+        (Problem(32, 19456, 2560), "pair/32/64/128/4/3/pdl"),
+        (Problem(64, 4096, 2048), "pair/64/32/256/4/4/pdl"),
+        (Problem(64, 4096, 2048), "pair/64/64/128/4/7"),
+    ],
+)
+def test_the_best_dependents_known_are_candidates(problem: Problem, text: str) -> None:
+    """Winners on an H100."""
+    assert text in map(str, candidates(problem, DEPENDENT))
 
 
 def test_kernels_are_shared_between_problems() -> None:
@@ -130,8 +148,8 @@ class Launches:
         self.seen.add(f"{specialised} {sorted(constants.items())}")
 
 
-@pytest.mark.parametrize("pdl", [False, True])
-def test_a_kernel_compiles_what_the_problem_needs(pdl: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gpu", [H100, DEPENDENT], ids=["h100", "dependent"])
+def test_a_kernel_compiles_what_the_problem_needs(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """The launch of the small problem has the constants of the large one, for every candidate."""
     monkeypatch.setattr(rms_norm_linear_fusion, "use_triton", lambda x: True)
 
@@ -150,7 +168,7 @@ def test_a_kernel_compiles_what_the_problem_needs(pdl: bool, monkeypatch: pytest
         Problem(8, 640, 1024),
         Problem(64, 512, 1088),
     ]:
-        for config in candidates(problem, H100, pdl=pdl):
+        for config in candidates(problem, gpu):
             assert constants(problem, config) == constants(kernel_of(problem, config).problem, config), (
                 problem,
                 config,

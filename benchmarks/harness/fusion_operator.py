@@ -6,6 +6,7 @@ the candidates: the GEMM alone (a bound, not a rival), plain PyTorch, and a comp
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from nanovllm.tuning.cases import Case
 from nanovllm.tuning.measure import EPS, Operands, Result, Variant
 from nanovllm.tuning.search import Extra
 
-FORMS = ("fused", "compiled", "unfused", "eager", "gemm")
+FORMS = ("fused", "dependent", "compiled", "unfused", "eager", "gemm")
 NOISE = 0.02  # a speed-up above 1 - NOISE is no loss
 LARGE_BYTES = 12e6  # weights for which the share of bandwidth is a goal
 
@@ -79,25 +80,32 @@ class Report:
         folded = any(case.folded for case in self.wanted)
         return "fusion_operator_folded" if folded else "fusion_operator"
 
-    @staticmethod
-    def speedup(result: Result) -> float:
-        """Over compiled norm and cuBLAS."""
-        return result.us("compiled") / result.us("fused")
+    @property
+    def launches(self) -> list[str]:
+        """Forms of our own that were measured."""
+        return ["fused", "dependent"] if any(result.has_dependents for result in self.results) else ["fused"]
 
-    def share(self, result: Result) -> float:
-        """Of the read bandwidth, that the chosen form reaches with the bytes of the fused one."""
-        return result.case.problem.bytes_moved() / (result.us("fused") * 1e-6) / self.bandwidth
+    @staticmethod
+    def speedup(result: Result, form: str) -> float:
+        """Over compiled norm and cuBLAS."""
+        return result.us("compiled") / result.us(form)
+
+    def share(self, result: Result, form: str) -> float:
+        """Of the read bandwidth, that the chosen configuration reaches with the bytes of the fused operator."""
+        return result.case.problem.bytes_moved() / (result.us(form) * 1e-6) / self.bandwidth
 
     def line(self, result: Result) -> str:
         """One case in one line of text."""
-        case, best = result.case, result.best()
-        times = "  ".join(f"{form} {result.us(form):8.2f}" for form in FORMS)
+        case = result.case
+        times = "  ".join(f"{form} {result.us(form):.2f}" for form in FORMS if form != "dependent")
+        ours = (
+            f"{form} x{self.speedup(result, form):.3f} {result.choice(dependent=form == 'dependent')} "
+            f"({self.share(result, form):.0%} of bandwidth)"
+            for form in self.launches
+        )
         reasons = [f"{name}: {reason[:60]}" for name, reason in sorted(result.refused.items())]
         refused = f"  REFUSED {len(reasons)} ({reasons[0]})" if reasons else ""
-        return (
-            f"{case.model:12} {case.layer:14} M {case.problem.m:4}  {times} us  x{self.speedup(result):.3f}  "
-            f"best {best} {result.times[best][0]:.2f}, {self.share(result):.0%} of bandwidth{refused}"
-        )
+        return f"{case.model:12} {case.layer:14} M {case.problem.m:4}  {times} us  {', '.join(ours)}{refused}"
 
     def groups(self) -> Iterator[tuple[str, list[Result], bool]]:
         """Results whose geometric mean is worth knowing, under a name, and whether none of the group is missing."""
@@ -112,27 +120,31 @@ class Report:
                 yield name, found, len(found) == len(cases)
 
     def summary(self) -> str:
-        """Geometric means, wins and losses, the worst case, the share of bandwidth of one row."""
-        if not self.results:
-            return "no case was measured"
-        text = ["speed-up over compiled norm + cuBLAS: geometric mean (worst; best)"]
+        """Of each form: geometric means, wins and losses, the worst case, the share of bandwidth of one row."""
+        return "\n".join(self._summary(form) for form in self.launches) if self.results else "no case was measured"
+
+    def _summary(self, form: str) -> str:
+        def speedup(result: Result) -> float:
+            return self.speedup(result, form)
+
+        text = [f"{form}: speed-up over compiled norm + cuBLAS: geometric mean (worst; best)"]
         for name, group, complete in self.groups():
-            values = [self.speedup(r) for r in group]
+            values = [speedup(r) for r in group]
             mean = statistics.geometric_mean(values)
             part = "" if complete else " (INCOMPLETE)"
             text.append(f"  {name:24} {mean:.3f} ({min(values):.3f}; {max(values):.3f}), {len(group)} cases{part}")
-        losses = [r for r in self.results if self.speedup(r) < 1 - NOISE]
-        wins = [r for r in self.results if self.speedup(r) > 1 + NOISE]
-        unfused = [r for r in self.results if r.choice() == "unfused"]
+        losses = [r for r in self.results if speedup(r) < 1 - NOISE]
+        wins = [r for r in self.results if speedup(r) > 1 + NOISE]
+        unfused = [r for r in self.results if r.choice(dependent=form == "dependent") == "unfused"]
         text.append(f"{len(wins)} wins, {len(losses)} losses beyond {NOISE:.0%}, {len(unfused)} stay unfused")
         text += [f"  LOSS {self.line(r)}" for r in losses]
-        text.append(f"worst: {self.line(min(self.results, key=self.speedup))}")
+        text.append(f"worst: {self.line(min(self.results, key=speedup))}")
         large = [r for r in self.results if r.case.problem.m == 1 and _weight_bytes(r) >= LARGE_BYTES]
         if large:
-            least = min(large, key=self.share)
+            least = min(large, key=lambda r: self.share(r, form))
             text.append(
-                f"M=1, weights of {LARGE_BYTES / 1e6:.0f} MB and more: at least {self.share(least):.1%} of the read "
-                f"bandwidth of {self.bandwidth / 1e12:.3f} TB/s ({least.case.model} {least.case.layer})"
+                f"M=1, weights of {LARGE_BYTES / 1e6:.0f} MB and more: at least {self.share(least, form):.1%} of the "
+                f"read bandwidth of {self.bandwidth / 1e12:.3f} TB/s ({least.case.model} {least.case.layer})"
             )
         return "\n".join(text)
 
@@ -141,25 +153,25 @@ class Report:
         shared = dict(version=__version__, weights="random", **origin)
         found = []
         for result in self.results:
-            case, choice = result.case, result.choice()
+            case = result.case
             about = dict(model=case.model, dtype=case.problem.dtype, batch=str(case.problem.m), **shared)
-
-            def row(metric: str, value: float, form: str, about: dict[str, str] = about, layer: str = case.layer,
-                    choice: str = choice) -> Record:  # fmt: skip
-                note = choice if form == "fused" else ""
-                return Record(self.test, metric, value, options=f"{layer} {form}", note=note, **about)
-
-            found += [row("us", result.us(form), form) for form in FORMS]
-            found.append(row("speedup", self.speedup(result), "fused"))
+            notes = {form: result.choice(dependent=form == "dependent") for form in self.launches}
+            values = [("us", form, result.us(form)) for form in FORMS if form != "dependent" or form in notes]
+            values += [("speedup", form, self.speedup(result, form)) for form in notes]
             if case.problem.m == 1:
-                found.append(row("bandwidth_share", self.share(result), "fused"))
+                values += [("bandwidth_share", form, self.share(result, form)) for form in notes]
+            for metric, form, value in values:
+                text = f"{case.layer} {form}"
+                found.append(Record(self.test, metric, value, options=text, note=notes.get(form, ""), **about))
         dtype = self.results[0].case.problem.dtype if self.results else ""
-        for name, group, complete in self.groups():
+        for (name, group, complete), form in itertools.product(self.groups(), self.launches):
             if complete:
-                mean = statistics.geometric_mean([self.speedup(r) for r in group])
-                note = f"{len(group)} cases, worst {min(self.speedup(r) for r in group):.3f}"
-                about = dict(model="all", dtype=dtype, options=name, note=note, **shared)
-                found.append(Record(self.test, "speedup_geomean", mean, **about))
+                values_of = [self.speedup(r, form) for r in group]
+                options = name if form == "fused" else f"{name}, {form}"
+                about = dict(model="all", dtype=dtype, options=options, **shared)
+                note = f"{len(group)} cases, worst {min(values_of):.3f}"
+                mean = statistics.geometric_mean(values_of)
+                found.append(Record(self.test, "speedup_geomean", mean, note=note, **about))
         about = dict(dtype="float32", options="1 GiB summed", **shared)
         return [*found, Record(self.test, "read_bytes_per_s", self.bandwidth, **about)]
 

@@ -73,6 +73,8 @@ def line(result: Result) -> str:
     """One case in one line of text."""
     case, choice = result.case, result.choice()
     times = f"{choice} {result.us(choice):.2f} us, norm + linear {result.us('unfused'):.2f} us"
+    if result.has_dependents:
+        times += f", as a dependent {result.choice(dependent=True)} {result.us('dependent'):.2f} us"
     refused = f", {len(result.refused)} refused" if result.refused else ""
     return f"{case.model:14} {case.layer:15} M {case.problem.m:4}  {times}{refused}"
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from nanovllm.config import EngineConfig, ModelConfig
-from nanovllm.kernels.chain_config import MAX_CHAIN_ROWS
-from nanovllm.kernels.fusion_config import MAX_FLOAT32_ROWS
+from nanovllm.kernels.chain_config import chain_rows
+from nanovllm.kernels.jit import gpu_of
 from nanovllm.layers.attention.backend import AttentionBackend, AttentionSpec, select_backend
 from nanovllm.layers.fused_norm_linear import why_not_fused
 from nanovllm.layers.parallel import Build, TensorParallel
@@ -69,7 +69,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     else:
         load_weights(model, iter_weights(source, model_config, show_progress=config.show_progress))
     prepare_for_inference(model, fused)
-    fused_rows = 0 if not fused or model.model.native else max_fused_rows(dtype)
+    fused_rows = 0 if not fused or model.model.native else chain_rows(dtype.itemsize, gpu_of(device))
     return LoadedModel(source, model_config, generation, model, backend, device, dtype, tp, max_len, fused_rows)
 
 
@@ -82,11 +82,6 @@ def resolve_fusion(wanted: str, spec: AttentionSpec, backend: str, world_size: i
         logger.info("layers are not fused: %s", "; ".join(reasons) or 'fusion="off"')
         return False
     return True
-
-
-def max_fused_rows(dtype: torch.dtype) -> int:
-    """Rows up to which a GPU's decode steps are fused."""
-    return MAX_FLOAT32_ROWS if dtype == torch.float32 else MAX_CHAIN_ROWS
 
 
 def resolve_max_model_len(wanted: int | None, model: ModelConfig) -> int:

@@ -4,9 +4,10 @@ Standing alone, a kernel is fastest when it fills the GPU. In a chain it also ha
 programs must become resident beside it, or they cannot ask for their weights early. The shapes of `fusion_config`'s
 heuristic are those that were fastest in the chain; what is decided here is who takes part, and when the next may start.
 
-Above MAX_DEPENDENT_ROWS no such kernel is fast. Up to MAX_CHAIN_ROWS the chain still pays by its attention, and by what
-the operator's table knows to be fast alone: with it a layer of 32 rows takes 48.8 us instead of 53.6 at 256 keys, 82
-instead of 88.5 at 1,024 (Qwen3-0.6B). 64 rows gain nothing: 66.1 for 63.7, 130 for 131.
+Above MAX_FUSED_ROWS the norm is a kernel of its own again, with a tile behind it that has asked for its weights by
+then, and cuBLAS adds the output and down projections to the stream (tiles of theirs are too few: 32 rows 43.5 to 45.3
+us a layer for 43.8, 64 rows 61 to 73 for 57.8). With norm and cuBLAS everywhere 32 rows take 49.2 us, 64 rows 65.2
+(Qwen3-0.6B at 256 keys, 2026-11-26).
 
 Measured in the chain itself (H100, Triton 3.6.0, bf16, CUDA graphs, 2026-11-25). Pure: no torch, no triton.
 """
@@ -14,27 +15,32 @@ Measured in the chain itself (H100, Triton 3.6.0, bf16, CUDA graphs, 2026-11-25)
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 
 from nanovllm.kernels.fusion_config import (
     MAX_FLOAT32_ROWS,
+    MAX_PAIR_ROWS,
     MAX_PANEL_ROWS,
-    UNFUSED,
     FusionConfig,
     Problem,
-    gemv_config,
-    panel_config,
+    heuristic,
 )
 from nanovllm.kernels.launch_config import Gpu
 
-MAX_CHAIN_ROWS = 32
-MAX_DEPENDENT_ROWS = MAX_PANEL_ROWS
-_EARLY_ROWS = 8  # above it x itself is large, and would travel behind the next kernel's weights
+MAX_CHAIN_ROWS = MAX_PAIR_ROWS
+MAX_FUSED_ROWS = MAX_PANEL_ROWS
+_UNFUSED_CHAIN_ROWS = 32  # without dependent launches, what is left above MAX_FUSED_ROWS is the chain's attention
+
+
+def chain_rows(element_size: int, gpu: Gpu) -> int:
+    """The most rows of a step that gains by the chain."""
+    if element_size == 4:
+        return MAX_FLOAT32_ROWS
+    return MAX_CHAIN_ROWS if gpu.pdl else _UNFUSED_CHAIN_ROWS
 
 
 @functools.lru_cache(maxsize=1024)
 def linear_config(problem: Problem, gpu: Gpu) -> FusionConfig:
-    """The configuration of one linear layer of the chain; `problem.m` is at most MAX_DEPENDENT_ROWS.
+    """The configuration of one linear layer of the chain; `problem.m` is at most MAX_CHAIN_ROWS.
 
     One row: a GEMV reads any weight at the memory's speed (0.6B's LM head, 311 MB: 102 us). More rows: tensor cores
     keep a layer's time nearly the same (four linears of 0.6B, us: one row 13.2, two 15.5, eight 16.4, sixteen 21.4),
@@ -43,10 +49,4 @@ def linear_config(problem: Problem, gpu: Gpu) -> FusionConfig:
     The next kernel starts at once, or above eight rows when x has been asked for: a layer of sixteen rows takes 30.1 us
     instead of 33.9 (of eight rows 29.7 instead of 26.4).
     """
-    if problem.m == 1 or problem.element_size == 4:
-        config = gemv_config(problem, gpu) if problem.m <= MAX_FLOAT32_ROWS else UNFUSED
-    else:
-        config = panel_config(problem)
-    if config.variant == "unfused" or config.faults(problem, gpu):
-        return UNFUSED
-    return replace(config, launch_pdl=gpu.pdl, late_trigger=gpu.pdl and problem.m > _EARLY_ROWS)
+    return heuristic(problem, gpu, dependent=True)

@@ -2,12 +2,14 @@
 
 `choose` asks the measured tables of the device first and the heuristic behind them otherwise. A table is
 `rms_norm_linear/<device>.json` in the user's folder (`user_tables`) or in this package's `tuned/`; of a problem in both
-the user's row counts. Each row names one measured problem, the fastest configuration found and both times. Where the
-fused kernels lost, it says "unfused", so that on a tuned device the operator is never slower than its parts.
+the user's row counts. Each row names one measured problem, the fastest configuration found and both times, and where
+the GPU knows dependent launches, the fastest of those as well. Where the fused kernels lost, it says "unfused", so that
+on a tuned device the operator is never slower than its parts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -26,9 +28,11 @@ VARIABLE = "NANOVLLM_TUNED"
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # dtypes the kernels compute in
 MAX_GEMV_ROWS = 8
 MAX_PANEL_ROWS = 16
+MAX_PAIR_ROWS = 64  # above it, only a measurement may say that a norm and a dependent tile pay
 MAX_CHUNKS = 160  # of a row, in the unrolled loops of gemv and panel: compile time grows with it
 MAX_GUESSED_ROWS = 16  # above it, only a measurement may say that fusion pays
 MAX_FLOAT32_ROWS = 4
+EARLY_ROWS = 8  # dependents: above it x itself is large, and would travel behind the next kernel's weights
 _THREAD_BYTES = 512  # a thread's share of a GEMV's weight tile: half of its registers
 _LANE_BYTES = 256  # a lane's share of a GEMV's weight rows, by the heuristic
 _WINDOW_BYTES = 384  # of a thread's share of a GEMV's weight rows, where they come in several windows
@@ -68,16 +72,18 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class FusionConfig:
-    """One way to run the operator. As text: "unfused", "gemv/16/256/8", "panel/8/16/1024/4" or "tile/16/64/128/4/5".
+    """One way to run the operator, as text "unfused", "gemv/16/256/8", "panel/8/16/1024/4" or "tile/16/64/128/4/5".
 
     gemv: each warp holds `block_n` / `num_warps` weight rows in registers, in chunks of `block_k` columns.
     panel: the same on tensor cores, for at most `block_m` rows of x; `block_k` columns of the weight are in flight, of
     which each warp multiplies 32 in every 32 * `num_warps`.
     tile: products of [block_n, block_k] by [block_k, block_m], `num_stages` of them in flight.
+    pair: two kernels, the norm and a tile without one, which has asked for its weights before the norm has ended.
     `block_n` counts weight rows: with SwiGLU a program writes half as many outputs.
     `launch_pdl`: programmatic dependent launch (Hopper, Triton 3.6): the kernel starts before its predecessor ends and
-    waits for it as late as it can, a gemv or a panel after asking for its weights. `chain_config` chooses it: a kernel
-    alone has nothing to overlap. `late_trigger`: let the kernel behind start only when x has been asked for.
+    waits for it as late as it can, after asking for its weights: they must have been in memory before the predecessor
+    began. (The tile of a pair is a dependent of its norm anyhow.) `late_trigger`: let the kernel behind start only when
+    x has been asked for.
     """
 
     variant: str
@@ -95,7 +101,7 @@ class FusionConfig:
             numbers = (self.block_n, self.block_k, self.num_warps)
         elif self.variant == "panel":
             numbers = (self.block_m, self.block_n, self.block_k, self.num_warps)
-        elif self.variant == "tile":
+        elif self.variant in ("tile", "pair"):
             numbers = (self.block_m, self.block_n, self.block_k, self.num_warps, self.num_stages)
         ending = ["late" if self.late_trigger else "pdl"] if self.launch_pdl else []
         return "/".join([self.variant, *map(str, numbers), *ending])
@@ -104,10 +110,10 @@ class FusionConfig:
     def parse(cls, text: str) -> FusionConfig:
         """The inverse of `str`; ValueError for text that is none."""
         match = re.fullmatch(
-            r"unfused|gemv(?:/\d+){3}(?:/pdl|/late)?|panel(?:/\d+){4}(?:/pdl|/late)?|tile(?:/\d+){5}(?:/pdl)?", text
+            r"unfused|(?:gemv(?:/\d+){3}|panel(?:/\d+){4})(?:/pdl|/late)?|(?:tile|pair)(?:/\d+){5}(?:/pdl)?", text
         )
         if match is None:
-            known = '"unfused", "gemv/16/256/8", "panel/8/16/1024/4" or "tile/16/64/128/4/5"'
+            known = '"unfused", "gemv/16/256/8", "panel/8/16/1024/4", "tile/16/64/128/4/5" or "pair/32/64/128/4/4"'
             raise ValueError(f"no fusion config: {text!r}; use {known}")
         variant, *parts = text.split("/")
         if variant == "unfused":
@@ -140,7 +146,7 @@ class FusionConfig:
         found = [f"{name}={v} is no power of two" for name, v in blocks.items() if v < 1 or v & (v - 1)]
         if self.num_warps > 32:
             found.append(f"num_warps={self.num_warps} is more than 32")
-        if self.late_trigger and (self.variant == "tile" or not self.launch_pdl):
+        if self.late_trigger and (self.variant in ("tile", "pair") or not self.launch_pdl):
             found.append("late_trigger is for dependent launches of gemv and panel")
         if found:
             return found
@@ -202,17 +208,37 @@ class FusionConfig:
 UNFUSED = FusionConfig("unfused")
 
 
-def heuristic(problem: Problem, gpu: Gpu) -> FusionConfig:
+def heuristic(problem: Problem, gpu: Gpu, *, dependent: bool = False) -> FusionConfig:
     """A configuration for any problem, on GPUs and for shapes that nobody measured.
 
     In float32 tiles are never chosen: they sum along K in one chain, and on channels that differ by 1000 that loses
-    more than twice what cuBLAS's split sums lose (H100, 2026-11-23).
+    more than twice what cuBLAS's split sums lose (H100, 2026-11-23). `dependent`: launched as one, where the GPU can.
     """
+    dependent = dependent and gpu.pdl
     if problem.m > (MAX_FLOAT32_ROWS if problem.element_size == 4 else MAX_GUESSED_ROWS):
+        pair = dependent and problem.element_size == 2 and problem.m <= MAX_PAIR_ROWS
+        config = pair_config(problem, gpu) if pair else UNFUSED
+    elif problem.m == 1 or problem.element_size == 4:
+        config = gemv_config(problem, gpu)
+    else:
+        config = panel_config(problem)
+    if config.variant == "unfused" or config.faults(problem, gpu):
         return UNFUSED
-    gemv = problem.m == 1 or problem.element_size == 4
-    config = gemv_config(problem, gpu) if gemv else panel_config(problem)
-    return config if not config.faults(problem, gpu) else UNFUSED
+    late = config.variant != "pair" and problem.m > EARLY_ROWS
+    return dataclasses.replace(config, launch_pdl=dependent, late_trigger=dependent and late)
+
+
+def pair_config(problem: Problem, gpu: Gpu) -> FusionConfig:
+    """Tiles of 64 weight rows: the fewest that fill a matrix instruction, and enough programs for most weights.
+
+    17 to 64 rows as dependents (H100, 2026-11-26): best, or within 3 % of the best, in 26 of 30 problems. In the decode
+    chain, Qwen3-0.6B, 32 rows at 256 / 1,024 keys: 43.8 / 77.6 us a layer, seven stages 43.5 / 77.7, tiles that are
+    fused with the norm 45.5 / 79.7, norm and cuBLAS 49.2 / 83.2; 64 rows 57.8 / 124, and 65.2 / 131.
+    """
+    block_m = max(16, next_power_of_2(problem.m))
+    block_k = min(128, max(16, next_power_of_2(problem.k)))
+    stage = (64 + block_m) * block_k * problem.element_size
+    return FusionConfig("pair", block_m, 64, block_k, 4, max(1, min(4, gpu.shared_memory // stage)))
 
 
 def gemv_config(problem: Problem, gpu: Gpu) -> FusionConfig:
@@ -282,12 +308,16 @@ def panel_config(problem: Problem) -> FusionConfig:
 
 @dataclass(frozen=True, slots=True)
 class TunedRow:
-    """One measurement: the fastest configuration of a problem, its time and that of norm + linear (µs)."""
+    """One measurement: the fastest configuration of a problem, its time and that of norm + linear (µs).
+
+    `dependent`: the fastest dependent launch, or "unfused"; None where none was measured.
+    """
 
     problem: Problem
     config: FusionConfig
     fused_us: float
     unfused_us: float
+    dependent: FusionConfig | None = None
 
 
 def table_name(device: str) -> str:
@@ -328,16 +358,18 @@ def load_table(path: Path) -> tuple[TunedRow, ...]:
 def _row(row: dict[str, Any]) -> TunedRow:
     problem = Problem(int(row["m"]), int(row["n"]), int(row["k"]), str(row["dtype"]), bool(row["swiglu"]))
     config = FusionConfig.parse(row["config"])
-    return TunedRow(problem, config, float(row["fused_us"]), float(row["unfused_us"]))
+    dependent = FusionConfig.parse(row["dependent"]) if "dependent" in row else None
+    return TunedRow(problem, config, float(row["fused_us"]), float(row["unfused_us"]), dependent)
 
 
-def lookup(problem: Problem, rows: tuple[TunedRow, ...]) -> FusionConfig | None:
+def lookup(problem: Problem, rows: tuple[TunedRow, ...], *, dependent: bool = False) -> FusionConfig | None:
     """The row of this weight measured at the smallest M that is not below ours; None without one.
 
     A weight of another shape takes the row of the nearest one (in log N and log K, at most a factor of 2 away) of
     the same dtype and activation.
     """
     alike = [r for r in rows if (r.problem.dtype, r.problem.swiglu) == (problem.dtype, problem.swiglu)]
+    alike = [r for r in alike if not dependent or r.dependent is not None]
     if not alike:
         return None
 
@@ -348,13 +380,15 @@ def lookup(problem: Problem, rows: tuple[TunedRow, ...]) -> FusionConfig | None:
     fitting = [row for row in alike if distance(row) == nearest and row.problem.m >= problem.m]
     if nearest > 1 or not fitting:
         return None
-    return min(fitting, key=lambda row: row.problem.m).config
+    row = min(fitting, key=lambda row: row.problem.m)
+    return row.dependent if dependent else row.config
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(problem: Problem, device: str, gpu: Gpu) -> FusionConfig:
+def choose(problem: Problem, device: str, gpu: Gpu, *, dependent: bool = False) -> FusionConfig:
     """What runs `problem` on the GPU named `device`: measured if possible, guessed otherwise."""
-    config = lookup(problem, tuned_rows(device, os.environ))
+    dependent = dependent and gpu.pdl
+    config = lookup(problem, tuned_rows(device, os.environ), dependent=dependent)
     if config is not None and not config.faults(problem, gpu):
         return config
-    return heuristic(problem, gpu)
+    return heuristic(problem, gpu, dependent=dependent)

@@ -33,13 +33,19 @@ def _rms_norm_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    TRIGGER: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program a row. x: [rows, WIDTH] with row stride; weight: [WIDTH] or None; y, new_residual: contiguous."""
+    if TRIGGER:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     if weight is not None:
         gamma = tl.load(weight + column, mask=inside, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     value = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
     dtype = value.dtype
     value = value.to(tl.float32)
@@ -56,16 +62,24 @@ def _rms_norm_kernel(
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor | None, eps: float, *, config: RowConfig | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    *,
+    config: RowConfig | None = None,
+    trigger: bool = False,
+    pdl: bool = False,
 ) -> torch.Tensor:
     """RMSNorm over the last dimension.
 
     x: [..., K], any float dtype, rows may be strided; weight: [K], x's dtype, or None for ones. Returns [..., K],
     contiguous.
+    trigger: let a dependent kernel behind this one start at once; pdl: be launched as a dependent oneself, with a
+    weight that was in memory before the kernel in front started (both: Hopper and later).
     """
     if not use_triton(x):
         return reference.rms_norm(x, weight, eps)
-    return _launch(x, None, weight, eps, config)[0]
+    return _launch(x, None, weight, eps, config, trigger, pdl)[0]
 
 
 def add_rms_norm(
@@ -80,7 +94,13 @@ def add_rms_norm(
 
 
 def _launch(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float, config: RowConfig | None
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    eps: float,
+    config: RowConfig | None,
+    trigger: bool = False,
+    pdl: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     width = x.shape[-1]
     if weight is not None and weight.shape != (width,):
@@ -95,6 +115,7 @@ def _launch(
         config = config or rms_norm_config(count, width)
         _rms_norm_kernel[(count,)](
             rows, sums, weight, y, new_residual, rows.stride(0), sums.stride(0), eps,
-            WIDTH=width, BLOCK=config.block, ADD=residual is not None, num_warps=config.num_warps,
+            WIDTH=width, BLOCK=config.block, ADD=residual is not None, TRIGGER=trigger, PDL=pdl,
+            num_warps=config.num_warps, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
     return y, new_residual

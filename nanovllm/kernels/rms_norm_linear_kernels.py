@@ -14,8 +14,8 @@ NORM=False leaves the norm out: `linear_residual`, the other half of a decoder l
 PDL (programmatic dependent launch): a program starts while the kernel before it still runs, asks for its weights, and
 waits only before its first load of anything that kernel wrote. A GEMV or a panel holds the weights in registers by
 then; the tiles of `tile_kernel` stream through shared memory in a loop that must not contain the wait (triton#11905),
-so it brings its weight rows as far as the L2 cache. The kernel behind may start at once, or, LATE, when x has been
-asked for: its weights would otherwise travel in front of x. `chain_config` says when which is faster.
+so it brings the beginning of its weight rows as far as the L2 cache. The kernel behind may start at once, or, LATE,
+when x has been asked for: its weights would otherwise travel in front of x. `chain_config` says when which is faster.
 """
 
 from __future__ import annotations
@@ -155,11 +155,14 @@ def gemv_kernel(
 
 
 @jit()
-def _prefetch_rows(weight, weight_row, weight_stride, K, SEGMENTS: tl.constexpr):
-    """Ask for weight rows to be brought into the L2 cache (Hopper), each in SEGMENTS pieces of n x 16 bytes."""
-    length = K // SEGMENTS
-    start = weight + weight_row[:, None] * weight_stride + (tl.arange(0, SEGMENTS) * length)[None, :]
-    size = tl.zeros(start.shape, tl.int32) + length * (weight.dtype.element_ty.primitive_bitwidth // 8)
+def _prefetch_rows(tile, COLUMNS: tl.constexpr, SEGMENTS: tl.constexpr):
+    """Ask for COLUMNS columns of the rows at `tile` ([rows, 1]) to come into the L2 cache (Hopper), in SEGMENTS pieces.
+
+    A piece is a multiple of 16 bytes.
+    """
+    LENGTH: tl.constexpr = COLUMNS // SEGMENTS
+    start = tile + (tl.arange(0, SEGMENTS) * LENGTH)[None, :]
+    size = tl.zeros(start.shape, tl.int32) + LENGTH * (tile.dtype.element_ty.primitive_bitwidth // 8)
     tl.inline_asm_elementwise(
         "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
         "=r,l,r", [start, size], dtype=tl.int32, is_pure=False, pack=1,
@@ -182,11 +185,13 @@ def tile_kernel(
     x, weight, gamma, bias, residual, y, M, N, K, x_stride, weight_stride, residual_stride, eps,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     NORM: tl.constexpr, FIRST: tl.constexpr, SWIGLU: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
+    SEGMENTS: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): weight rows of block i times rows j * BLOCK_M.. of x, on tensor cores.
 
     The weight is the left operand, so that a matrix instruction's 64 (or 16) rows are rows of the weight and its
-    narrow side is the few rows of x: nothing is padded but the last few.
+    narrow side is the few rows of x: nothing is padded but the last few. Only where 64 rows of x meet fewer of the
+    weight, the sides are changed.
     FIRST takes rstd from a pass over x of its own before the loop, for dtypes that cannot hold x * gamma; otherwise
     the squares accumulate from the tiles that the products use and rstd is multiplied in at the end.
     """
@@ -198,12 +203,13 @@ def tile_kernel(
     if PDL:  # above the loop: a pipelined loop would load x before a wait inside it
         tl.extra.cuda.gdc_launch_dependents()
         if PREFETCH:
-            _prefetch_rows(weight, weight_row, weight_stride, K, PREFETCH)
+            _prefetch_rows(weight + weight_row[:, None] * weight_stride, PREFETCH, SEGMENTS)
         tl.extra.cuda.gdc_wait()
     if NORM and FIRST:
         rstd = _row_rstd(x_tile, K, eps, BLOCK_M, BLOCK_K)
 
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    WEIGHT_LEFT: tl.constexpr = BLOCK_N >= 64 or BLOCK_M < 64
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if WEIGHT_LEFT else (BLOCK_M, BLOCK_N), tl.float32)
     squares = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, K, BLOCK_K):
         if EVEN_K:
@@ -225,13 +231,17 @@ def tile_kernel(
                 else:
                     scale = tl.load(gamma + start + column, mask=start + column < K, other=0.0)
                 value *= scale.to(tl.float32)[:, None]
-        acc = tl.dot(w, value.to(w.dtype), acc, input_precision="ieee")
+        if WEIGHT_LEFT:
+            acc = tl.dot(w, value.to(w.dtype), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(tl.trans(value.to(w.dtype)), tl.trans(w), acc, input_precision="ieee")
+    total = tl.trans(acc) if WEIGHT_LEFT else acc
     if NORM and not FIRST:
-        acc *= tl.rsqrt(squares / K + eps)[None, :]
+        total *= tl.rsqrt(squares / K + eps)[:, None]
     stream = None
     if residual is not None:
         stream = _load_residual(residual, row, M, N, residual_stride, BLOCK_N // 2 if SWIGLU else BLOCK_N)
-    _finish(tl.trans(acc), stream, row, M, weight_row, bias, y, N, BLOCK_M, BLOCK_N, SWIGLU)
+    _finish(total, stream, row, M, weight_row, bias, y, N, BLOCK_M, BLOCK_N, SWIGLU)
 
 
 @jit()

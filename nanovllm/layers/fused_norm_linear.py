@@ -13,11 +13,11 @@ import torch.nn.functional as F
 
 from nanovllm.kernels import native, reference
 from nanovllm.kernels.activation import silu_mul
-from nanovllm.kernels.chain_config import MAX_DEPENDENT_ROWS, linear_config
+from nanovllm.kernels.chain_config import MAX_FUSED_ROWS, linear_config
 from nanovllm.kernels.fusion_config import UNFUSED, Problem
 from nanovllm.kernels.jit import gpu_of, interpreting, triton_installed, use_triton
 from nanovllm.kernels.linear_residual import linear_residual
-from nanovllm.kernels.rms_norm_linear_fusion import dtype_name, launch, policy
+from nanovllm.kernels.rms_norm_linear_fusion import dtype_name, launch
 from nanovllm.layers.attention.backend import AttentionSpec
 from nanovllm.layers.attention.triton_paged import TritonBackend
 from nanovllm.layers.embedding import VocabParallelEmbedding
@@ -37,8 +37,7 @@ def norm_linear(
     if not use_triton(x):
         return reference.rms_norm_linear(x, weight, norm.weight, norm.eps, bias, None, "swiglu" if swiglu else None)
     problem = _problem(x, weight, swiglu)
-    dependent = problem.m <= MAX_DEPENDENT_ROWS
-    config = linear_config(problem, gpu_of(x.device)) if dependent else policy(problem, x.device)
+    config = linear_config(problem, gpu_of(x.device))
     if config.variant == "unfused":
         y = F.linear(norm(x), weight, bias)
         return silu_mul(y) if swiglu else y
@@ -50,7 +49,7 @@ def linear_residual_(x: torch.Tensor, linear: RowParallelLinear, residual: torch
     """residual [B, N] += linear(x [B, K]), in place; returns it."""
     if native.runs(x):
         return native.linear_residual_(x, linear.weight, linear.bias, residual)
-    fused = use_triton(x) and x.shape[0] <= MAX_DEPENDENT_ROWS
+    fused = use_triton(x) and x.shape[0] <= MAX_FUSED_ROWS
     config = linear_config(_problem(x, linear.weight, False), gpu_of(x.device)) if fused else UNFUSED
     return linear_residual(x, linear.weight, residual, bias=linear.bias, config=config)
 

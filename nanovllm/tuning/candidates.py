@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nanovllm.kernels.fusion_config import MAX_GEMV_ROWS, MAX_PANEL_ROWS, FusionConfig, Problem
@@ -18,26 +19,42 @@ MIN_TILE_ROWS = 16  # below, panels, which hold the same weights without padding
 MAX_TILE_ROWS = 64  # above, a few large tiles are tried, mostly to show that cuBLAS is better
 MAX_UNROLLED = 32  # chunks of a row in a panel: compile time grows with their square, 64 take a quarter of a minute
 MAX_ROWS = 128  # above, nothing is tried: the product is bound by arithmetic, and large tiles lost at 128 (H200)
-FLIGHT = 32 * 1024  # bytes of weight per SM that a pipeline should keep on the way
+MAX_TUNED_GEMV_ROWS = 2  # of 16-bit numbers; for more of them panels won everywhere (H100, 2026-11-26)
+_Blocks = tuple[int, int, int, int]  # block_n, block_k, warps, stages
 _LARGE_TILES = ((64, 128, 64, 4, 4), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4))
+# Of some 40 pairs, and of the tiles that had been best alone, those that were best somewhere or within 1 % of it (the
+# models of `cases.SHAPES`, 16 to 64 rows, H100, 2026-11-26); and smaller ones.
+_TILES: tuple[_Blocks, ...] = (
+    (64, 256, 4, 3), (128, 128, 8, 3), (64, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 4), (128, 64, 8, 5),
+    (32, 256, 4, 3), (32, 128, 4, 4), (16, 256, 4, 4),
+)  # fmt: skip
+_PAIRS: tuple[_Blocks, ...] = (
+    (64, 128, 4, 3), (64, 128, 4, 4), (64, 128, 4, 7), (64, 256, 4, 4), (64, 64, 4, 3), (64, 64, 4, 4),
+    (128, 128, 4, 4), (128, 128, 8, 4), (128, 64, 4, 4), (32, 256, 4, 4), (32, 128, 4, 5),
+)  # fmt: skip
 
 
-def candidates(problem: Problem, gpu: Gpu, *, pdl: bool = False) -> list[FusionConfig]:
-    """Configurations to try for `problem`, all of which can run; `pdl` asks for dependent launches.
+def candidates(problem: Problem, gpu: Gpu) -> list[FusionConfig]:
+    """Configurations to try for `problem`, all of which can run: on their own, and as dependents where the GPU can.
 
     None for more than MAX_ROWS rows.
     """
+    m, size = problem.m, problem.element_size
     found: list[FusionConfig] = []
-    if problem.m <= MAX_GEMV_ROWS:
+    if m <= (MAX_GEMV_ROWS if size == 4 else MAX_TUNED_GEMV_ROWS):
         found += _gemvs(problem)
-    if problem.element_size == 2 and problem.m <= MAX_PANEL_ROWS:
+    if size == 2 and m <= MAX_PANEL_ROWS:
         found += _panels(problem)
-    if MIN_TILE_ROWS <= problem.m <= MAX_TILE_ROWS:
-        found += _tiles(problem, gpu)
-    elif MAX_TILE_ROWS < problem.m <= MAX_ROWS:
+    if MIN_TILE_ROWS <= m <= MAX_TILE_ROWS:
+        found += _blocked("tile", _TILES, problem, gpu)
+        if gpu.pdl and size == 2:
+            found += _blocked("pair", _PAIRS, problem, gpu)
+    elif MAX_TILE_ROWS < m <= MAX_ROWS:
         found += [FusionConfig("tile", *blocks) for blocks in _LARGE_TILES]
-    if pdl:
-        found = [dataclasses.replace(config, launch_pdl=True) for config in found]
+    if gpu.pdl and m <= MAX_TILE_ROWS:
+        found += [dataclasses.replace(config, launch_pdl=True) for config in found]
+        late = [config for config in found if config.launch_pdl and config.variant == "panel"]
+        found += [dataclasses.replace(config, late_trigger=True) for config in late]
     return [config for config in dict.fromkeys(found) if not config.faults(problem, gpu)]
 
 
@@ -67,34 +84,15 @@ def _panels(problem: Problem) -> list[FusionConfig]:
     return found
 
 
-def _tiles(problem: Problem, gpu: Gpu) -> list[FusionConfig]:
-    """Every tile whose products divide among its warps, with as many stages as keep enough of the weight in flight."""
-    block_m, size = max(16, next_power_of_2(problem.m)), problem.element_size
-    found = []
-    for block_n, block_k, warps in itertools.product((16, 32, 64, 128), (64, 128, 256), (4, 8)):
-        steps, programs = cdiv(problem.k, block_k), cdiv(problem.weight_rows, block_n)
-        if steps < 2:
-            continue
-        # A warp's share of the tile: not so much that registers spill, not so little that warps repeat work.
-        if not 128 <= block_n * block_m // warps <= 2048 and block_n * block_k // warps < 2048:
-            continue
-        if block_n > 32 and programs < gpu.num_sms // 3:
-            continue
-        stage = (block_n + block_m) * block_k * size
-        most = max(2, min(7, gpu.shared_memory // stage, steps))
-        for flight in (FLIGHT, 2 * FLIGHT):
-            stages = min(most, _stages(flight, block_n * block_k * size, stage, programs, gpu))
-            found.append(FusionConfig("tile", block_m, block_n, block_k, warps, stages))
+def _blocked(variant: str, blocks: Iterable[_Blocks], problem: Problem, gpu: Gpu) -> list[FusionConfig]:
+    """Blocks of which a row has at least two, with as many of their stages as there are steps and room."""
+    found, block_m = [], max(16, next_power_of_2(problem.m))
+    for block_n, block_k, warps, stages in blocks:
+        steps = cdiv(problem.k, block_k)
+        room = gpu.shared_memory // ((block_n + block_m) * block_k * problem.element_size)
+        if steps >= 2 and room >= 2:
+            found.append(FusionConfig(variant, block_m, block_n, block_k, warps, min(stages, steps + 1, room)))
     return found
-
-
-def _stages(flight: int, weight_bytes: int, stage_bytes: int, programs: int, gpu: Gpu) -> int:
-    """Fewest stages (2 to 7) with which the programs of one SM keep `flight` bytes of the weight on the way."""
-    for stages in range(2, 7):
-        resident = max(1, min(cdiv(programs, gpu.num_sms), gpu.shared_memory // (stages * stage_bytes)))
-        if resident * (stages - 1) * weight_bytes >= flight:
-            return stages
-    return 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +106,11 @@ class Kernel:
 def kernel_of(problem: Problem, config: FusionConfig) -> Kernel:
     """What `problem` compiles for `config`; problems with equal answers share the kernel.
 
-    A GEMV is specialised for M and K, a panel for K, a tile only for whether its columns divide K; none for N. A
-    dependent tile also for the length of a row, in which it prefetches.
+    A GEMV is specialised for M and K, a panel for K, a tile only for whether its columns divide K; none for N.
     """
     m, k = problem.m, problem.k
     if config.variant != "gemv":
         m = config.block_m
-    if config.variant == "tile" and k % config.block_k == 0 and not config.launch_pdl:
+    if config.variant in ("tile", "pair") and k % config.block_k == 0:
         k = 1024
     return Kernel(Problem(m, min(problem.n, 256), k, problem.dtype, problem.swiglu), config)

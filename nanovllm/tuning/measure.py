@@ -52,19 +52,31 @@ class Result:
     times: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
-    def best(self) -> str:
-        """The fastest fused configuration, or "unfused" if none passed."""
-        fused = {name: time for name, time in self.times.items() if "/" in name}
-        return min(fused, key=lambda name: fused[name][0], default="unfused")
+    def best(self, *, dependent: bool = False) -> str:
+        """The fastest fused configuration that is (or is not) a dependent launch, or "unfused" if none passed."""
+        fused = {name: us for name, (us, _, _) in self.times.items() if "/" in name and is_dependent(name) == dependent}
+        return min(fused, key=lambda name: fused[name], default="unfused")
 
-    def choice(self) -> str:
+    def choice(self, *, dependent: bool = False) -> str:
         """What the table should say."""
-        best = self.best()
+        best = self.best(dependent=dependent)
         return best if self.times[best][0] <= MARGIN * self.times["unfused"][0] else "unfused"
 
+    @property
+    def has_dependents(self) -> bool:
+        """Whether dependent launches were measured: where the GPU knows them."""
+        return self.best(dependent=True) != "unfused"
+
     def us(self, name: str) -> float:
-        """The median of one variant; of "fused", what the table chose."""
-        return self.times[self.choice() if name == "fused" else name][0]
+        """The median of one variant; of "fused" and "dependent", what the table chose."""
+        if name in ("fused", "dependent"):
+            name = self.choice(dependent=name == "dependent")
+        return self.times[name][0]
+
+
+def is_dependent(config: str) -> bool:
+    """Whether a configuration's text asks for a dependent launch."""
+    return config.endswith(("/pdl", "/late"))
 
 
 class Operands:
@@ -201,7 +213,7 @@ def measure(
     rounds: int = 15,
     finalists: int = 3,
 ) -> Result:
-    """Gate and time `configs`; then the fastest few, norm + linear, and `baselines` again, in turn.
+    """Gate and time `configs`; then the fastest few of either launch, norm + linear, and `baselines` again, in turn.
 
     Raises RuntimeError if norm + linear themselves do not pass the gate.
     """
@@ -227,7 +239,8 @@ def measure(
         replay = timer(variant, weights, coarse)
         first[variant.name] = min(replay() for _ in range(3))
         fused[variant.name] = variant
-    kept = sorted(first, key=lambda name: first[name])[:finalists]
+    ranked = sorted(first, key=lambda name: first[name])
+    kept = [name for form in (False, True) for name in [n for n in ranked if is_dependent(n) == form][:finalists]]
     variants = [*(fused[name] for name in kept), unfused, *baselines]
     result.times = take_turns({variant.name: timer(variant, weights, fine) for variant in variants}, rounds)
     return result

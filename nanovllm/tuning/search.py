@@ -30,12 +30,12 @@ class Stage:
         return len(self.kernels) + sum(len(configs) + 1 for _, configs in self.cases)
 
 
-def plan(cases: Sequence[Case], gpu: Gpu, *, pdl: bool = False) -> list[Stage]:
+def plan(cases: Sequence[Case], gpu: Gpu) -> list[Stage]:
     """Stages in the order of the cases. Of folded cases only norm + linear are measured: kernels gain nothing by it."""
     stages: list[Stage] = []
     known: set[Kernel] = set()
     for _, group in itertools.groupby(cases, key=lambda case: case.problem.m):
-        tried = [(case, [] if case.folded else candidates(case.problem, gpu, pdl=pdl)) for case in group]
+        tried = [(case, [] if case.folded else candidates(case.problem, gpu)) for case in group]
         kernels = dict.fromkeys(kernel_of(case.problem, config) for case, configs in tried for config in configs)
         stages.append(Stage(tried, [kernel for kernel in kernels if kernel not in known]))
         known.update(kernels)

@@ -58,6 +58,9 @@ def rows_of(results: Iterable[Result]) -> list[Row]:
             m=p.m, n=p.n, k=p.k, dtype=p.dtype, swiglu=p.swiglu, config=result.choice(),
             fused_us=round(result.us(result.best()), 3), unfused_us=round(result.us("unfused"), 3),
         )  # fmt: skip
+        if result.has_dependents:
+            best = result.best(dependent=True)
+            rows[p] |= dict(dependent=result.choice(dependent=True), dependent_us=round(result.us(best), 3))
     return list(rows.values())
 
 
