@@ -20,6 +20,7 @@ from nanovllm.kernels.fusion_config import (
     MAX_FLOAT32_ROWS,
     MAX_PAIR_ROWS,
     MAX_PANEL_ROWS,
+    UNFUSED,
     FusionConfig,
     Problem,
     heuristic,
@@ -28,6 +29,7 @@ from nanovllm.kernels.launch_config import Gpu
 
 MAX_CHAIN_ROWS = MAX_PAIR_ROWS
 MAX_FUSED_ROWS = MAX_PANEL_ROWS
+_RESIDUAL = FusionConfig("tile", 64, 32, 128, 4, 5, launch_pdl=True)
 _UNFUSED_CHAIN_ROWS = 32  # without dependent launches, what is left above MAX_FUSED_ROWS is the chain's attention
 
 
@@ -39,8 +41,10 @@ def chain_rows(element_size: int, gpu: Gpu) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def linear_config(problem: Problem, gpu: Gpu) -> FusionConfig:
+def linear_config(problem: Problem, gpu: Gpu, *, norm: bool = True) -> FusionConfig:
     """The configuration of one linear layer of the chain; `problem.m` is at most MAX_CHAIN_ROWS.
+
+    norm: a norm goes before it; otherwise it adds to the residual stream.
 
     One row: a GEMV reads any weight at the memory's speed (0.6B's LM head, 311 MB: 102 us). More rows: tensor cores
     keep a layer's time nearly the same (four linears of 0.6B, us: one row 13.2, two 15.5, eight 16.4, sixteen 21.4),
@@ -49,4 +53,8 @@ def linear_config(problem: Problem, gpu: Gpu) -> FusionConfig:
     The next kernel starts at once, or above eight rows when x has been asked for: a layer of sixteen rows takes 30.1 us
     instead of 33.9 (of eight rows 29.7 instead of 26.4).
     """
-    return heuristic(problem, gpu, dependent=True)
+    if norm or problem.m <= MAX_FUSED_ROWS:
+        return heuristic(problem, gpu, dependent=True)
+    if problem.element_size != 2 or not gpu.pdl or _RESIDUAL.faults(problem, gpu):
+        return UNFUSED
+    return _RESIDUAL

@@ -8,7 +8,8 @@ from the L2 cache, while the weight is what memory's time goes to.
 SwiGLU needs rows n and N + n of the packed weight in one program: the rows of a tile alternate gate, up, gate, up (in
 a panel eight and eight), so that the main loop does not know, and the epilogue splits neighbours.
 
-Rows beyond the edge are clamped to the last one and not stored: no mask stands between a load and its vector width.
+Weight rows beyond the edge are clamped to the last one and not stored: no mask stands between a load and its vector
+width.
 
 NORM=False leaves the norm out: `linear_residual`, the other half of a decoder layer.
 PDL (programmatic dependent launch): a program starts while the kernel before it still runs, asks for its weights, and
@@ -170,11 +171,11 @@ def _prefetch_rows(tile, COLUMNS: tl.constexpr, SEGMENTS: tl.constexpr):
 
 
 @jit()
-def _row_rstd(x_tile, K, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """1 / rms of the rows at `x_tile` ([BLOCK_K, BLOCK_M] pointers): float32 [BLOCK_M]."""
+def _row_rstd(x_tile, real, K, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """1 / rms of the `real` rows at `x_tile` ([BLOCK_K, BLOCK_M] pointers): float32 [BLOCK_M]."""
     squares = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, K, BLOCK_K):
-        inside = (start + tl.arange(0, BLOCK_K) < K)[:, None]
+        inside = (start + tl.arange(0, BLOCK_K) < K)[:, None] & real
         value = tl.load(x_tile + start, mask=inside, other=0.0).to(tl.float32)
         squares += tl.sum(value * value, axis=0)
     return tl.rsqrt(squares / K + eps)
@@ -199,14 +200,15 @@ def tile_kernel(
     row = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_K)
     tile = weight + weight_row[:, None] * weight_stride + column[None, :]
-    x_tile = x + tl.minimum(row, M - 1)[None, :] * x_stride + column[:, None]
+    x_tile = x + row[None, :] * x_stride + column[:, None]
+    real = (row < M)[None, :]  # padding is zeros: clamped, dozens of reads of the last row would queue up for one line
     if PDL:  # above the loop: a pipelined loop would load x before a wait inside it
         tl.extra.cuda.gdc_launch_dependents()
         if PREFETCH:
             _prefetch_rows(weight + weight_row[:, None] * weight_stride, PREFETCH, SEGMENTS)
         tl.extra.cuda.gdc_wait()
     if NORM and FIRST:
-        rstd = _row_rstd(x_tile, K, eps, BLOCK_M, BLOCK_K)
+        rstd = _row_rstd(x_tile, real, K, eps, BLOCK_M, BLOCK_K)
 
     WEIGHT_LEFT: tl.constexpr = BLOCK_N >= 64 or BLOCK_M < 64
     acc = tl.zeros((BLOCK_N, BLOCK_M) if WEIGHT_LEFT else (BLOCK_M, BLOCK_N), tl.float32)
@@ -214,11 +216,11 @@ def tile_kernel(
     for start in range(0, K, BLOCK_K):
         if EVEN_K:
             w = tl.load(tile + start, eviction_policy="evict_first")
-            value = tl.load(x_tile + start)
+            value = tl.load(x_tile + start, mask=real, other=0.0)
         else:
             inside = start + column < K
             w = tl.load(tile + start, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
-            value = tl.load(x_tile + start, mask=inside[:, None], other=0.0)
+            value = tl.load(x_tile + start, mask=inside[:, None] & real, other=0.0)
         if NORM:
             value = value.to(tl.float32)
             if FIRST:

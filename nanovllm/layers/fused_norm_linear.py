@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from nanovllm.kernels import native, reference
 from nanovllm.kernels.activation import silu_mul
-from nanovllm.kernels.chain_config import MAX_FUSED_ROWS, linear_config
+from nanovllm.kernels.chain_config import linear_config
 from nanovllm.kernels.fusion_config import UNFUSED, Problem
 from nanovllm.kernels.jit import gpu_of, interpreting, triton_installed, use_triton
 from nanovllm.kernels.linear_residual import linear_residual
@@ -49,8 +49,9 @@ def linear_residual_(x: torch.Tensor, linear: RowParallelLinear, residual: torch
     """residual [B, N] += linear(x [B, K]), in place; returns it."""
     if native.runs(x):
         return native.linear_residual_(x, linear.weight, linear.bias, residual)
-    fused = use_triton(x) and x.shape[0] <= MAX_FUSED_ROWS
-    config = linear_config(_problem(x, linear.weight, False), gpu_of(x.device)) if fused else UNFUSED
+    config = UNFUSED
+    if use_triton(x):
+        config = linear_config(_problem(x, linear.weight, False), gpu_of(x.device), norm=False)
     return linear_residual(x, linear.weight, residual, bias=linear.bias, config=config)
 
 

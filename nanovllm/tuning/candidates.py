@@ -30,8 +30,9 @@ _TILES: tuple[_Blocks, ...] = (
 )  # fmt: skip
 _PAIRS: tuple[_Blocks, ...] = (
     (64, 128, 4, 3), (64, 128, 4, 4), (64, 128, 4, 7), (64, 256, 4, 4), (64, 64, 4, 3), (64, 64, 4, 4),
-    (128, 128, 4, 4), (128, 128, 8, 4), (128, 64, 4, 4), (32, 256, 4, 4), (32, 128, 4, 5),
+    (128, 128, 4, 4), (128, 128, 8, 4), (128, 64, 4, 4),
 )  # fmt: skip
+_NARROW_PAIRS: tuple[_Blocks, ...] = ((32, 128, 4, 5), (32, 256, 4, 4), (32, 128, 4, 7))  # against 64 rows of x
 
 
 def candidates(problem: Problem, gpu: Gpu) -> list[FusionConfig]:
@@ -43,12 +44,14 @@ def candidates(problem: Problem, gpu: Gpu) -> list[FusionConfig]:
     found: list[FusionConfig] = []
     if m <= (MAX_GEMV_ROWS if size == 4 else MAX_TUNED_GEMV_ROWS):
         found += _gemvs(problem)
-    if size == 2 and m <= MAX_PANEL_ROWS:
+    if size == 2 and 1 < m <= MAX_PANEL_ROWS:
         found += _panels(problem)
     if MIN_TILE_ROWS <= m <= MAX_TILE_ROWS:
-        found += _blocked("tile", _TILES, problem, gpu)
+        found += _blocked("tile", _TILES, max(16, next_power_of_2(m)), problem, gpu)
         if gpu.pdl and size == 2:
-            found += _blocked("pair", _PAIRS, problem, gpu)
+            block_m = max(16, next_power_of_2(m))
+            found += _blocked("pair", _PAIRS, block_m, problem, gpu)
+            found += _blocked("pair", _NARROW_PAIRS, max(block_m, 64), problem, gpu)
     elif MAX_TILE_ROWS < m <= MAX_ROWS:
         found += [FusionConfig("tile", *blocks) for blocks in _LARGE_TILES]
     if gpu.pdl and m <= MAX_TILE_ROWS:
@@ -84,9 +87,9 @@ def _panels(problem: Problem) -> list[FusionConfig]:
     return found
 
 
-def _blocked(variant: str, blocks: Iterable[_Blocks], problem: Problem, gpu: Gpu) -> list[FusionConfig]:
+def _blocked(variant: str, blocks: Iterable[_Blocks], block_m: int, problem: Problem, gpu: Gpu) -> list[FusionConfig]:
     """Blocks of which a row has at least two, with as many of their stages as there are steps and room."""
-    found, block_m = [], max(16, next_power_of_2(problem.m))
+    found = []
     for block_n, block_k, warps, stages in blocks:
         steps = cdiv(problem.k, block_k)
         room = gpu.shared_memory // ((block_n + block_m) * block_k * problem.element_size)
