@@ -5,9 +5,10 @@ programs must become resident beside it, or they cannot ask for their weights ea
 heuristic are those that were fastest in the chain; what is decided here is who takes part, and when the next may start.
 
 Above MAX_FUSED_ROWS the norm is a kernel of its own again, with a tile behind it that has asked for its weights by
-then, and cuBLAS adds the output and down projections to the stream (tiles of theirs are too few: 32 rows 43.5 to 45.3
-us a layer for 43.8, 64 rows 61 to 73 for 57.8). With norm and cuBLAS everywhere 32 rows take 49.2 us, 64 rows 65.2
-(Qwen3-0.6B at 256 keys, 2026-11-26).
+then, and cuBLAS adds the output and down projections to the stream. A layer of Qwen3-0.6B at 256 keys, us, 24 / 32 / 48
+/ 64 rows: 39.8 / 41.3 / 50.5 / 55.3; with norm and cuBLAS everywhere 32 rows take 49.2 and 64 take 65.2 (2026-11-26).
+Narrow tiles for the projections, dependents too, were 2 us faster than cuBLAS and are not taken: nobody has compared
+their results with it on a GPU.
 
 Measured in the chain itself (H100, Triton 3.6.0, bf16, CUDA graphs, 2026-11-25). Pure: no torch, no triton.
 """
@@ -29,7 +30,6 @@ from nanovllm.kernels.launch_config import Gpu
 
 MAX_CHAIN_ROWS = MAX_PAIR_ROWS
 MAX_FUSED_ROWS = MAX_PANEL_ROWS
-_RESIDUAL = FusionConfig("tile", 64, 32, 128, 4, 5, launch_pdl=True)
 _UNFUSED_CHAIN_ROWS = 32  # without dependent launches, what is left above MAX_FUSED_ROWS is the chain's attention
 
 
@@ -53,8 +53,6 @@ def linear_config(problem: Problem, gpu: Gpu, *, norm: bool = True) -> FusionCon
     The next kernel starts at once, or above eight rows when x has been asked for: a layer of sixteen rows takes 30.1 us
     instead of 33.9 (of eight rows 29.7 instead of 26.4).
     """
-    if norm or problem.m <= MAX_FUSED_ROWS:
-        return heuristic(problem, gpu, dependent=True)
-    if problem.element_size != 2 or not gpu.pdl or _RESIDUAL.faults(problem, gpu):
+    if not norm and problem.m > MAX_FUSED_ROWS:
         return UNFUSED
-    return _RESIDUAL
+    return heuristic(problem, gpu, dependent=True)

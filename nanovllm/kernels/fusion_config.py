@@ -229,16 +229,20 @@ def heuristic(problem: Problem, gpu: Gpu, *, dependent: bool = False) -> FusionC
 
 
 def pair_config(problem: Problem, gpu: Gpu) -> FusionConfig:
-    """Tiles of 64 weight rows: the fewest that fill a matrix instruction, and enough programs for most weights.
+    """Tiles of 64 weight rows, which fill a matrix instruction; of 32 where those of 64 would leave half the GPU idle.
 
-    17 to 64 rows as dependents (H100, 2026-11-26): best, or within 3 % of the best, in 26 of 30 problems. In the decode
-    chain, Qwen3-0.6B, 32 rows at 256 / 1,024 keys: 43.8 / 77.6 us a layer, seven stages 43.5 / 77.7, tiles that are
-    fused with the norm 45.5 / 79.7, norm and cuBLAS 49.2 / 83.2; 64 rows 57.8 / 124, and 65.2 / 131.
+    Then x fills it: with 64 rows, of which those that x lacks cost nothing. As dependents (H100, 2026-11-26) this is
+    the best of all, or within 3 % of it, for most problems of 17 to 64 rows. In the decode chain, Qwen3-0.6B, 32 rows
+    at 256 / 1,024 keys: 41.3 / 76.5 us a layer, QKV of 64 rows 43.0 / 77.7, gate_up of 32 rows too 43.1 / 78.0, tiles
+    that are fused with the norm 45.5 / 79.7, norm and cuBLAS 49.2 / 83.2; 64 rows 55.3 / 121, 57.4 / 123, norm and
+    cuBLAS 65.2 / 131.
     """
-    block_m = max(16, next_power_of_2(problem.m))
+    block_m, block_n, stages = max(16, next_power_of_2(problem.m)), 64, 4
+    if cdiv(problem.weight_rows, 32) <= gpu.num_sms:
+        block_m, block_n, stages = 64, 32, 5
     block_k = min(128, max(16, next_power_of_2(problem.k)))
-    stage = (64 + block_m) * block_k * problem.element_size
-    return FusionConfig("pair", block_m, 64, block_k, 4, max(1, min(4, gpu.shared_memory // stage)))
+    stage = (block_n + block_m) * block_k * problem.element_size
+    return FusionConfig("pair", block_m, block_n, block_k, 4, max(1, min(stages, gpu.shared_memory // stage)))
 
 
 def gemv_config(problem: Problem, gpu: Gpu) -> FusionConfig:
