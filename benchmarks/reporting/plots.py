@@ -155,10 +155,19 @@ def workload(records: Sequence[Record]) -> Any:
 
 
 def heat_map(records: Sequence[Record]) -> Any:
-    """Speed-up of the fused operator over the unfused pair: a row a linear of a model, a column a batch."""
-    rows = current(select(records, test="fusion_operator", metric="speedup", options="* fused"))
-    value = {(f"{r.model}  {r.options.removesuffix(' fused')}", int(r.batch)): r.value for r in rows}
-    return _heat(value, sorted({name for name, _ in value}), "RMSNorm+Linear: speed-up over norm, then cuBLAS", rows)
+    """Speed-up of the fused operator over a compiled norm and cuBLAS: a row a linear of a model, a column a batch."""
+    return _operator_heat(records, "fused", "RMSNorm+Linear: speed-up over norm, then cuBLAS")
+
+
+def dependent_heat_map(records: Sequence[Record]) -> Any:
+    """The same, launched as programmatic dependents."""
+    return _operator_heat(records, "dependent", "RMSNorm+Linear as a dependent launch: speed-up over norm, then cuBLAS")
+
+
+def _operator_heat(records: Sequence[Record], form: str, title: str) -> Any:
+    rows = current(select(records, test="fusion_operator", metric="speedup", options=f"* {form}"))
+    value = {(f"{r.model}  {r.options.removesuffix(f' {form}')}", int(r.batch)): r.value for r in rows}
+    return _heat(value, sorted({name for name, _ in value}), title, rows)
 
 
 def decode_heat_map(records: Sequence[Record]) -> Any:
@@ -297,6 +306,7 @@ FIGURES: dict[str, Callable[[Sequence[Record]], Any]] = {
     "prefill": prefill,
     "workload": workload,
     "fusion_speedup": heat_map,
+    "fusion_dependent": dependent_heat_map,
     "roofline": roofline,
     "time": time_bars,
 }

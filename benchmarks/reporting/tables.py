@@ -14,6 +14,7 @@ HEAD = """\
 # Tables
 
 Made from [metrics.csv](metrics.csv) by `make report`; edit neither. Every table names its versions and commit."""
+OPERATOR = {"fused": "", "dependent": " as a dependent launch"}  # forms of its rows, and what a title says of them
 
 
 def tables(records: Sequence[Record]) -> str:
@@ -32,7 +33,8 @@ def tables(records: Sequence[Record]) -> str:
         parts += _section(
             "nano-vLLM's bench.py: output tokens per second", select(own, test="workload", metric="*tok_s*"), "metric"
         )
-        parts += _operator(select(own, test="fusion_operator", metric="speedup", options="* fused"))
+        for form, title in OPERATOR.items():
+            parts += _operator(title, select(own, test="fusion_operator", metric="speedup", options=f"* {form}"))
         parts += _profiles(select(own, test="profile"))
     return "\n\n".join(parts) + "\n"
 
@@ -60,7 +62,7 @@ def _section(title: str, rows: Sequence[Record], field: str) -> list[str]:
     return [f"### {title}", markdown(head, body), f"{caption(rows)}."]
 
 
-def _operator(rows: Sequence[Record]) -> list[str]:
+def _operator(title: str, rows: Sequence[Record]) -> list[str]:
     """Geometric mean, worst and best of the operator's speed-up at each batch."""
     if not rows:
         return []
@@ -73,8 +75,7 @@ def _operator(rows: Sequence[Record]) -> list[str]:
             [str(batch), str(len(values)), *(f"{v:.2f}" for v in (mean, min(values), max(values))), str(slower)]
         )
     head = ["rows", "shapes", "geometric mean", "worst", "best", "slower than unfused"]
-    title = "### RMSNorm+Linear: speed-up over the unfused pair"
-    return [title, markdown(head, body), f"{caption(rows)}."]
+    return [f"### RMSNorm+Linear{title}: speed-up over norm, then cuBLAS", markdown(head, body), f"{caption(rows)}."]
 
 
 def _profiles(rows: Sequence[Record]) -> list[str]:
