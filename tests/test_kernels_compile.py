@@ -88,6 +88,7 @@ class CompileOnly:
         if launch_pdl and name == "tile_kernel":  # x would be read by what its loop pipelines
             assert "ld.global" not in before and "cp.async.c" not in before
         self.compiled.append(name)
+        self.pdl = launch_pdl  # of the last launch
 
     @staticmethod
     def describe(value: Any) -> str:
@@ -242,20 +243,23 @@ def test_pairs(compiled: list[str], rows: int, pdl: bool) -> None:
             compiled.clear()
             rms_norm_linear_fusion.launch(problem, config, x, weight, gamma, 1e-6, None, None)
             assert compiled == ["_rms_norm_kernel", "tile_kernel"]
+            assert (norm._rms_norm_kernel.pdl, rms_norm_linear_kernels.tile_kernel.pdl) == (pdl, True)
     compiled.clear()
     linear_residual.linear_residual(x, weight[:1024], torch.zeros(rows, 1024, dtype=BF16), config=config)
-    assert compiled == ["tile_kernel"]
+    assert compiled == ["tile_kernel"] and rms_norm_linear_kernels.tile_kernel.pdl == pdl
 
 
 @pytest.mark.parametrize("compiled", ["h100", "consumer", "dependent"], indirect=True)
 @pytest.mark.parametrize("text", ["tile/64/32/64/4/3", "tile/64/16/128/4/2", "pair/64/32/64/4/3"])
-def test_tiles_with_x_on_the_left(compiled: list[str], text: str) -> None:
-    """With and without the norm inside, and in a dtype that scales first."""
+def test_tiles_with_x_on_the_left(compiled: list[str], request: pytest.FixtureRequest, text: str) -> None:
+    """With and without the norm inside, and in a dtype that scales first; a pair's is a dependent where the GPU can."""
     for dtype, swiglu in ((BF16, True), (torch.float16, False)):
         problem = Problem(64, 1001, 1000, str(dtype).removeprefix("torch."), swiglu)
         x, weight = torch.zeros(64, 1000, dtype=dtype), torch.zeros(problem.weight_rows, 1000, dtype=dtype)
         rms_norm_linear_fusion.launch(problem, FusionConfig.parse(text), x, weight, x[0], 1e-6, weight[:, 0], None)
     assert compiled == (["tile_kernel"] if "tile" in text else ["_rms_norm_kernel", "tile_kernel"]) * 2
+    dependent = "pair" in text and request.node.callspec.params["compiled"] == "dependent"
+    assert rms_norm_linear_kernels.tile_kernel.pdl == dependent
 
 
 # (q_heads, kv_heads, head_dim, page, window, sequences, longest context), and whether tiles are pipelined
