@@ -200,6 +200,7 @@ def test_lookup(problem: Problem, config: str | None) -> None:
 
 DEPENDENTS = (
     *ROWS,  # as tables of older versions, and of GPUs without dependent launches
+    row(4, 2560, 2048, "gemv/8/1024/4"),
     row(4, 2048, 2048, "gemv/4/1024/4", "panel/8/16/512/2/pdl"),
     row(32, 2048, 2048, "tile/32/64/128/4/4", "pair/32/64/128/4/4/pdl"),
     row(64, 2048, 2048, "tile/64/64/128/4/4", "unfused"),
@@ -213,8 +214,9 @@ DEPENDENTS = (
         (Problem(3, 2048, 2048), "gemv/4/1024/4", "panel/8/16/512/2/pdl"),
         (Problem(17, 2048, 2048), "tile/32/64/128/4/4", "pair/32/64/128/4/4/pdl"),
         (Problem(17, 2048, 2560), "tile/32/64/128/4/4", "pair/32/64/128/4/4/pdl"),  # the nearest weight
+        (Problem(4, 2560, 2048), "gemv/8/1024/4", "panel/8/16/512/2/pdl"),  # its own row has none
         (Problem(33, 2048, 2048), "tile/64/64/128/4/4", "unfused"),
-        (Problem(1, 4096, 1024), "gemv/8/1024/4", None),  # its own row has none, and no other weight's is asked
+        (Problem(1, 4096, 1024), "gemv/8/1024/4", None),  # nor has one that is near
         (Problem(16, 6144, 4096), "tile/16/64/128/4/4", None),
     ],
 )

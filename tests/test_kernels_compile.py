@@ -88,7 +88,7 @@ class CompileOnly:
         if launch_pdl and name == "tile_kernel":  # x would be read by what its loop pipelines
             assert "ld.global" not in before and "cp.async.c" not in before
         self.compiled.append(name)
-        self.pdl = launch_pdl  # of the last launch
+        self.pdl, self.ptx = launch_pdl, binary.asm["ptx"]  # of the last launch
 
     @staticmethod
     def describe(value: Any) -> str:
@@ -258,8 +258,9 @@ def test_tiles_with_x_on_the_left(compiled: list[str], request: pytest.FixtureRe
         x, weight = torch.zeros(64, 1000, dtype=dtype), torch.zeros(problem.weight_rows, 1000, dtype=dtype)
         rms_norm_linear_fusion.launch(problem, FusionConfig.parse(text), x, weight, x[0], 1e-6, weight[:, 0], None)
     assert compiled == (["tile_kernel"] if "tile" in text else ["_rms_norm_kernel", "tile_kernel"]) * 2
-    dependent = "pair" in text and request.node.callspec.params["compiled"] == "dependent"
-    assert rms_norm_linear_kernels.tile_kernel.pdl == dependent
+    target, tile = request.node.callspec.params["compiled"], rms_norm_linear_kernels.tile_kernel
+    assert tile.pdl == ("pair" in text and target == "dependent")
+    assert ("wgmma.mma" in tile.ptx) == (target != "consumer"), "Hopper's instruction takes 64 rows on its left"
 
 
 # (q_heads, kv_heads, head_dim, page, window, sequences, longest context), and whether tiles are pipelined
