@@ -75,7 +75,8 @@ def rms_norm_linear(
     weights_ready: a promise that weight, norm_weight and bias were in memory before the kernel queued in front of this
     one began, as a model's are when it generates. On Hopper the kernel is then launched as a programmatic dependent: it
     reads its weights while the kernel in front still runs. x and residual may be what that kernel writes. (A config
-    that says "pdl" or "late" makes the same promise.)
+    that says "pdl" or "late" makes the same promise.) A dependent in front began early itself: in a row of them, what
+    counts is the kernel in front of the first.
     Returns [..., N], contiguous; it has no backward.
     Raises ValueError for shapes, dtypes or devices that do not match, a negative eps, an unknown activation.
     """
