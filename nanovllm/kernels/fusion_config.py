@@ -148,6 +148,8 @@ class FusionConfig:
             found.append(f"num_warps={self.num_warps} is more than 32")
         if self.late_trigger and (self.variant in ("tile", "pair") or not self.launch_pdl):
             found.append("late_trigger is for dependent launches of gemv and panel")
+        if self.launch_pdl and not gpu.pdl:
+            found.append("launch_pdl needs a GPU that launches dependents: Hopper or later, with Triton 3.6")
         if found:
             return found
         if problem.swiglu and self.block_n < 2:
@@ -362,6 +364,8 @@ def load_table(path: Path) -> tuple[TunedRow, ...]:
 def _row(row: dict[str, Any]) -> TunedRow:
     problem = Problem(int(row["m"]), int(row["n"]), int(row["k"]), str(row["dtype"]), bool(row["swiglu"]))
     config = FusionConfig.parse(row["config"])
+    if config.launch_pdl:  # it would be launched for callers who promise nothing about their weights
+        raise ValueError(f"{config} is a dependent launch, which belongs under 'dependent'")
     dependent = FusionConfig.parse(row["dependent"]) if "dependent" in row else None
     return TunedRow(problem, config, float(row["fused_us"]), float(row["unfused_us"]), dependent)
 
@@ -391,7 +395,7 @@ def lookup(problem: Problem, rows: tuple[TunedRow, ...], *, dependent: bool = Fa
 @functools.lru_cache(maxsize=4096)
 def choose(problem: Problem, device: str, gpu: Gpu, *, dependent: bool = False) -> FusionConfig:
     """What runs `problem` on the GPU named `device`: measured if possible, guessed otherwise."""
-    dependent = dependent and gpu.pdl
+    dependent = dependent and gpu.pdl and problem.m <= MAX_PAIR_ROWS  # of more rows no dependent launch is measured
     config = lookup(problem, tuned_rows(device, os.environ), dependent=dependent)
     if config is not None and not config.faults(problem, gpu):
         return config

@@ -75,7 +75,8 @@ def rms_norm_linear(
     weights_ready: a promise that weight, norm_weight and bias were in memory before the kernel queued in front of this
     one began, as a model's are when it generates. On Hopper the kernel is then launched as a programmatic dependent: it
     reads its weights while the kernel in front still runs. x and residual may be what that kernel writes. (A config
-    that says "pdl" or "late" makes the same promise.)
+    that says "pdl" or "late" makes the same promise.) A dependent in front began early itself: in a row of them, what
+    counts is the kernel in front of the first.
     Returns [..., N], contiguous; it has no backward.
     Raises ValueError for shapes, dtypes or devices that do not match, a negative eps, an unknown activation.
     """
@@ -219,10 +220,7 @@ def _config(problem: Problem, device: torch.device, text: str | None, weights_re
     if text is None:
         return policy(problem, device, dependent=weights_ready)
     config = FusionConfig.parse(text)
-    faults = config.faults(problem, gpu_of(device))
-    if config.launch_pdl and device.type != "cuda":
-        faults.append("launch_pdl needs a CUDA device")
-    if faults:
+    if faults := config.faults(problem, gpu_of(device)):
         raise ValueError(f"config {config} cannot run {problem}: {'; '.join(faults)}")
     return config
 
@@ -265,12 +263,12 @@ def launch(
 ) -> torch.Tensor:
     """Run one fused kernel on arguments that have been checked; the operator without its questions.
 
-    norm=False leaves the norm out (`linear_residual`). out: [..., N] contiguous; it may be `residual`, since a program
-    reads just the elements that it writes.
+    norm=False leaves the norm out (`linear_residual`): a pair is then its tile alone. out: [..., N] contiguous; it may
+    be `residual`, since a program reads just the elements that it writes.
     """
     y = torch.empty((*x.shape[:-1], problem.n), dtype=x.dtype, device=x.device) if out is None else out
     pdl = config.launch_pdl
-    if config.variant == "pair":
+    if config.variant == "pair" and norm:
         # The norm writes no weights, and waits for whatever does: the tile behind it may always be its dependent.
         dependent = gpu_of(x.device).pdl
         x = rms_norm(x, norm_weight, eps, trigger=dependent, pdl=pdl)
