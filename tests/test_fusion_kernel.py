@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from kernel_checks import BF16, F16, F32, judge, norm_weight, tiers
 
 from nanovllm.kernels import reference, rms_norm_linear_fusion
-from nanovllm.kernels.fusion_config import TABLES, FusionConfig, Problem, load_table, table_name
+from nanovllm.kernels.fusion_config import FusionConfig, Problem
+from nanovllm.kernels.fusion_table import TABLES, load_table, table_name
 from nanovllm.kernels.jit import gpu_of
 from nanovllm.kernels.launch_config import Gpu
 from nanovllm.kernels.norm import rms_norm

@@ -14,21 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.kernels import fusion_config, jit, rms_norm_linear_fusion, rms_norm_linear_kernels
-from nanovllm.kernels.fusion_config import (
-    ELEMENT_SIZES,
-    MAX_PAIR_ROWS,
-    TABLES,
-    UNFUSED,
-    FusionConfig,
-    Problem,
-    TunedRow,
-    choose,
-    heuristic,
-    load_table,
-    lookup,
-    table_name,
-)
+from nanovllm.kernels import fusion_config, fusion_table, jit, rms_norm_linear_fusion, rms_norm_linear_kernels
+from nanovllm.kernels.fusion_config import ELEMENT_SIZES, MAX_PAIR_ROWS, UNFUSED, FusionConfig, Problem, heuristic
+from nanovllm.kernels.fusion_table import TABLES, TunedRow, choose, load_table, lookup, table_name
 from nanovllm.kernels.launch_config import H100, Gpu
 
 HOPPER = dataclasses.replace(H100, pdl=True)
@@ -237,7 +225,7 @@ SOUND = dict(m=1, n=8, k=64, dtype="bfloat16", swiglu=False, config="gemv/2/64/1
 
 def test_choose_reads_the_device_s_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem(1, 8, 64)
-    monkeypatch.setattr(fusion_config, "TABLES", tmp_path)
+    monkeypatch.setattr(fusion_table, "TABLES", tmp_path)
     choose.cache_clear()
     write_table(tmp_path, SOUND)
     assert str(choose(problem, "Some GPU (80GB)", H100)) == "gemv/2/64/1"
@@ -247,7 +235,7 @@ def test_choose_reads_the_device_s_table(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_row_that_does_not_fit_the_gpu_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem(16, 8, 64)
-    monkeypatch.setattr(fusion_config, "TABLES", tmp_path)
+    monkeypatch.setattr(fusion_table, "TABLES", tmp_path)
     choose.cache_clear()
     write_table(tmp_path, {**SOUND, "m": 16, "config": "tile/16/128/256/4/3"})
     assert choose(problem, "Some GPU (80GB)", CONSUMER) == heuristic(problem, CONSUMER)
@@ -256,7 +244,7 @@ def test_a_row_that_does_not_fit_the_gpu_is_passed_over(tmp_path: Path, monkeypa
 
 def test_choose_takes_dependents_where_they_are_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table's, or guessed ones; on a GPU without them, and above 64 rows, what all others get."""
-    monkeypatch.setattr(fusion_config, "TABLES", tmp_path)
+    monkeypatch.setattr(fusion_table, "TABLES", tmp_path)
     choose.cache_clear()
     pair = {**SOUND, "m": 32, "config": "tile/32/16/16/4/2", "dependent": "pair/32/16/16/4/2/pdl"}
     write_table(tmp_path, SOUND, pair, {**SOUND, "m": 128, "config": "tile/128/16/16/4/2"})
@@ -303,7 +291,8 @@ def test_shipped_tables(path: Path) -> None:
 
 
 def test_the_policy_is_pure() -> None:
-    assert not {"torch", "triton"} & set(vars(fusion_config))
+    for module in (fusion_config, fusion_table):
+        assert not {"torch", "triton"} & set(vars(module))
 
 
 # ----------------------------------------------------------------------------------------------------- compiler

@@ -26,7 +26,7 @@ programs: results reproduce.
     pair      to about 64   the norm, then a tile's grid   a norm kernel, and a tile that asks for its weights meanwhile
     unfused   more          norm kernel, then cuBLAS: the GEMM is bound by arithmetic, and cuBLAS is better at that
 
-Which one, and its block sizes, is data: `fusion_config`. Traffic in bytes: `fusion_config.Problem.bytes_moved`; for
+Which one, and its block sizes, is data: `fusion_config`, `fusion_table`. Traffic in bytes: `Problem.bytes_moved`; for
 one row the weight is all of it (Qwen3-0.6B's QKV: 8.4 MB of weight, 10 KB of x and y). What fusion saves there is not
 traffic but a kernel and the gap behind it: 1.4 us of norm beside 2.8 us in which an H100 reads that weight.
 
@@ -45,7 +45,8 @@ import torch.nn.functional as F
 from nanovllm.kernels import reference
 from nanovllm.kernels import rms_norm_linear_kernels as kernels
 from nanovllm.kernels.activation import rms_silu_mul, silu_mul
-from nanovllm.kernels.fusion_config import ELEMENT_SIZES, FusionConfig, Problem, choose
+from nanovllm.kernels.fusion_config import ELEMENT_SIZES, FusionConfig, Problem
+from nanovllm.kernels.fusion_table import choose
 from nanovllm.kernels.jit import gpu_of, triton_installed, use_triton
 from nanovllm.kernels.launch_config import cdiv
 from nanovllm.kernels.norm import rms_norm
