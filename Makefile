@@ -17,6 +17,8 @@ BIN := .venv/bin
 GPU_PYTHON ?= $(BIN)/python
 export QUESTION ?= What is the capital of France?
 PYTEST_ARGS ?=
+# One process a core with one thread each: two that share the cores' threads would wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal
 BENCH_ARGS ?=
 SANITIZE_ARGS ?=
 
@@ -35,11 +37,11 @@ lint: venv-dev ## ruff check, ruff format --check, mypy
 
 # pytest exits with 5 when it collects nothing, and make fails with it: an empty tier never passes.
 test-cpu: venv-dev ## the cpu tier alone (PYTEST_ARGS adds options)
-	$(BIN)/python -m pytest -m "not (interpret or gpu or multi_gpu)" $(PYTEST_ARGS)
+	$(PYTEST) -m "not (interpret or gpu or multi_gpu)" $(PYTEST_ARGS)
 
 # A process of its own: Triton reads TRITON_INTERPRET once, when it is imported.
 test-interpret: venv-dev ## Triton's interpreter runs the kernels on the CPU
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpret $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) -m interpret $(PYTEST_ARGS)
 
 gpu-there:
 	@$(GPU_PYTHON) -c 'import torch; raise SystemExit(0 if torch.cuda.is_available() else "error: $(GPU_PYTHON) sees no CUDA GPU; run this where there is one, with GPU_PYTHON=python of an environment that has a CUDA build of torch")'

@@ -30,7 +30,8 @@ from harness.fusion_operator import BASELINES, Report, distinct
 from harness.records import METRICS, provenance, write
 from harness.roofs import read_bandwidth
 
-from nanovllm.kernels.fusion_config import ELEMENT_SIZES, OPERATOR, TABLES
+from nanovllm.kernels.fusion_config import ELEMENT_SIZES
+from nanovllm.kernels.fusion_table import OPERATOR, TABLES
 from nanovllm.kernels.jit import gpu_of
 from nanovllm.tuning import table
 from nanovllm.tuning.cases import LAYERS, ROWS, SHAPES, cases

@@ -55,6 +55,7 @@ PURE = {f"nanovllm.engine.{name}" for name in ("sequence", "block_manager", "sch
     "nanovllm.sampling_params",
     "nanovllm.kernels.launch_config",
     "nanovllm.kernels.fusion_config",
+    "nanovllm.kernels.fusion_table",
     "nanovllm.tuning.turns",
 }
 HEAVY = {"torch", "triton", "numpy", "transformers"}

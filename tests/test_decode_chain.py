@@ -12,8 +12,8 @@ import torch
 from tiny_models import save_model
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.kernels.chain_config import MAX_FUSED_ROWS, linear_config
-from nanovllm.kernels.fusion_config import Problem
+from nanovllm.kernels.chain_config import MAX_FUSED_ROWS, chain_rows, linear_config
+from nanovllm.kernels.fusion_config import ELEMENT_SIZES, Problem
 from nanovllm.kernels.launch_config import H100, MAX_SPLITS, Gpu, next_power_of_2, rope_attention_config
 
 OPTIONS = dict(
@@ -50,18 +50,29 @@ def test_on_says_why_it_cannot(tmp_path: Path) -> None:
         LLM(str(tmp_path), **OPTIONS, fusion="yes")
 
 
-@pytest.mark.parametrize("gpu", [H100, Gpu(82, 99 * 1024), Gpu(132, 227 * 1024, pdl=True)])
+HOPPER, BLACKWELL = Gpu(132, 227 * 1024, pdl=True), Gpu(170, 99 * 1024, pdl=True)
+
+
+def test_how_many_rows_the_chain_takes() -> None:
+    """Without dependent launches there are no pairs, and what is left above 16 rows is its attention."""
+    for gpu, half in ((HOPPER, 64), (BLACKWELL, 64), (H100, 32), (Gpu(82, 99 * 1024), 32)):
+        assert {size: chain_rows(size, gpu) for size in (2, 4)} == {2: half, 4: 4}
+
+
+@pytest.mark.parametrize("gpu", [H100, Gpu(82, 99 * 1024), HOPPER, BLACKWELL])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_policy_fits_every_shape(gpu: Gpu, dtype: str) -> None:
     """Whatever the model, a configuration that can run; dependent launches only where the GPU knows them."""
+    many = [m for m in (17, 24, 31, 32, 33, 48, 63, 64) if m <= chain_rows(ELEMENT_SIZES[dtype], gpu)]
     for k in (64, 576, 896, 1000, 1024, 2560, 3072, 4096, 8192, 12288, 14336, 18944):
         for n in (64, 576, 1024, 4096, 12288, 151936):
             for swiglu in (False, True):
-                for m in range(1, (4 if dtype == "float32" else MAX_FUSED_ROWS) + 1):
+                for m in (*range(1, (4 if dtype == "float32" else MAX_FUSED_ROWS) + 1), *many):
                     problem = Problem(m, n, k, dtype, swiglu)
                     config = linear_config(problem, gpu)
                     assert config.faults(problem, gpu) == [], problem
                     assert config.launch_pdl == (gpu.pdl and config.variant != "unfused")
+                    assert m <= MAX_FUSED_ROWS or config.variant == ("pair" if gpu.pdl else "unfused")
 
 
 def test_tokens_are_fed_by_row() -> None:
@@ -76,7 +87,7 @@ def test_tokens_are_fed_by_row() -> None:
 @pytest.mark.parametrize("context", [1, 300, 512, 513, 4096, 40960])
 def test_attention_policy_fits(gpu: Gpu, context: int) -> None:
     """Tiles that wait in shared memory leave room for the rest, and splits are whole tiles."""
-    for num_seqs in (1, 2, 3, 4, 6, 8, 12, 16, 17, 32):
+    for num_seqs in (1, 2, 3, 4, 6, 8, 12, 16, 17, 32, 33, 64):
         for kv_heads, dim in ((8, 128), (8, 64), (1, 128), (32, 96), (2, 256)):
             config = rope_attention_config(num_seqs, kv_heads, dim, 2, context, gpu)
             tiles = max(config.num_stages - 1, 1) * 2 * config.block_n * next_power_of_2(dim) * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -13,23 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.kernels import fusion_config, jit, rms_norm_linear_fusion, rms_norm_linear_kernels
-from nanovllm.kernels.fusion_config import (
-    ELEMENT_SIZES,
-    TABLES,
-    UNFUSED,
-    FusionConfig,
-    Problem,
-    TunedRow,
-    choose,
-    heuristic,
-    load_table,
-    lookup,
-    table_name,
-)
+from nanovllm.kernels import fusion_config, fusion_table, jit, rms_norm_linear_fusion, rms_norm_linear_kernels
+from nanovllm.kernels.fusion_config import ELEMENT_SIZES, MAX_PAIR_ROWS, UNFUSED, FusionConfig, Problem, heuristic
+from nanovllm.kernels.fusion_table import TABLES, TunedRow, choose, load_table, lookup, table_name
 from nanovllm.kernels.launch_config import H100, Gpu
 
+HOPPER = dataclasses.replace(H100, pdl=True)
 CONSUMER = Gpu(num_sms=82, shared_memory=99 * 1024)
+BLACKWELL = dataclasses.replace(CONSUMER, pdl=True)
 INTERPRETER = Gpu(num_sms=4, shared_memory=99 * 1024)
 WIDTHS = (1, 7, 64, 100, 1024, 2560, 4096, 5120, 12288, 16384)
 
@@ -38,7 +30,7 @@ configs = st.one_of(
     st.just(UNFUSED),
     st.builds(lambda n, k, w, pdl: FusionConfig("gemv", 0, n, k, w, launch_pdl=pdl), *[numbers] * 3, st.booleans()),
     st.builds(FusionConfig, st.just("panel"), *[numbers] * 4, st.just(1), st.just(True), st.booleans()),
-    st.builds(FusionConfig, st.just("tile"), *[numbers] * 5, st.booleans()),
+    st.builds(FusionConfig, st.sampled_from(["tile", "pair"]), *[numbers] * 5, st.booleans()),
 )
 
 
@@ -47,7 +39,20 @@ def test_text_is_a_config_s_other_form(config: FusionConfig) -> None:
     assert FusionConfig.parse(str(config)) == config
 
 
-@pytest.mark.parametrize("text", ["", "gemv", "gemv/1/2", "tile/1/2/3/4/5/6", "gemv/1/2/x", "unfused/1", "gemv/1/2/3/"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "gemv",
+        "gemv/1/2",
+        "tile/1/2/3/4/5/6",
+        "gemv/1/2/x",
+        "unfused/1",
+        "gemv/1/2/3/",
+        "pair/1/2/3/4",
+        "pair/1/2/3/4/5/late",
+    ],
+)
 def test_other_text_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="no fusion config"):
         FusionConfig.parse(text)
@@ -68,6 +73,29 @@ def test_the_heuristic_always_gives_something_that_runs(width: int, gpu: Gpu) ->
             assert config.variant == "gemv" or m > 1 and width >= 2048
         else:
             assert config.variant == "panel"
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(
+    "gpu", [H100, HOPPER, CONSUMER, BLACKWELL, INTERPRETER], ids=["h100", "hopper", "consumer", "blackwell", "none"]
+)
+def test_what_is_guessed_for_dependents_always_runs(width: int, gpu: Gpu) -> None:
+    """A dependent launch only where the GPU knows it, and everywhere else what is guessed without; pairs to 64 rows."""
+    for m, n, dtype, swiglu in itertools.product(
+        (1, 4, 5, 8, 9, 16, 17, 33, 64, 65, 9999), (1, 63, 200_000), ELEMENT_SIZES, (False, True)
+    ):
+        problem = Problem(m, n, width, dtype, swiglu)
+        config, alone = heuristic(problem, gpu, dependent=True), heuristic(problem, gpu)
+        assert config.faults(problem, gpu) == [], (problem, config)
+        assert not alone.launch_pdl and alone.variant != "pair"
+        if not gpu.pdl:
+            assert config == alone
+        elif dtype != "float32" and 16 < m <= MAX_PAIR_ROWS:
+            assert config.variant == "pair" and config.launch_pdl and config.block_m >= m
+        else:
+            late = 8 < m <= 16 and alone.variant == "panel"
+            pdl = alone != UNFUSED
+            assert config == dataclasses.replace(alone, launch_pdl=pdl, late_trigger=late), (problem, config)
 
 
 def test_a_lone_row_reaches_every_sm() -> None:
@@ -92,6 +120,12 @@ FAULTS = {
     "tile/8/64/64/4/2": (Problem(9, 8, 64), "block_m must be at least 16"),
     "tile/16/64/64/4/0": (Problem(9, 8, 64), "num_stages must be at least 1"),
     "tile/64/128/128/8/6": (Problem(9, 8, 64), "shared memory"),
+    "pair/8/64/64/4/2": (Problem(9, 8, 64), "block_m must be at least 16"),
+    "pair/48/64/64/4/2": (Problem(9, 8, 64), "block_m=48 is no power of two"),
+    "pair/64/1/64/4/2": (Problem(9, 8, 64, swiglu=True), "block_n >= 2"),
+    "pair/64/128/128/8/6": (Problem(9, 8, 64), "shared memory"),
+    "pair/64/64/64/4/2/pdl": (Problem(9, 8, 64), "launch_pdl needs a GPU that launches dependents"),
+    "gemv/8/64/4/late": (Problem(1, 8, 64), "launch_pdl needs a GPU that launches dependents"),
 }
 
 
@@ -99,6 +133,13 @@ FAULTS = {
 def test_faults_are_named(text: str) -> None:
     problem, sentence = FAULTS[text]
     assert sentence in "; ".join(FusionConfig.parse(text).faults(problem, H100))
+
+
+def test_a_dependent_launch_is_no_fault_where_the_gpu_knows_it() -> None:
+    for text in ("gemv/8/64/4/late", "panel/8/16/128/4/pdl", "tile/16/64/64/4/2/pdl", "pair/64/64/64/4/2/pdl"):
+        assert FusionConfig.parse(text).faults(Problem(5, 8, 64), HOPPER) == []
+    late = dataclasses.replace(FusionConfig.parse("pair/64/64/64/4/2/pdl"), late_trigger=True)
+    assert late.faults(Problem(5, 8, 64), HOPPER) == ["late_trigger is for dependent launches of gemv and panel"]
 
 
 def test_bytes_moved() -> None:
@@ -113,8 +154,9 @@ def test_bytes_moved() -> None:
 # ------------------------------------------------------------------------------------------------------- tables
 
 
-def row(m: int, n: int, k: int, config: str, dtype: str = "bfloat16", swiglu: bool = False) -> TunedRow:
-    return TunedRow(Problem(m, n, k, dtype, swiglu), FusionConfig.parse(config), 1.0, 2.0)
+def row(m: int, n: int, k: int, config: str, dependent: str | None = None) -> TunedRow:
+    parsed = None if dependent is None else FusionConfig.parse(dependent)
+    return TunedRow(Problem(m, n, k), FusionConfig.parse(config), 1.0, 2.0, parsed)
 
 
 ROWS = (
@@ -144,6 +186,34 @@ def test_lookup(problem: Problem, config: str | None) -> None:
     assert (None if found is None else str(found)) == config
 
 
+DEPENDENTS = (
+    *ROWS,  # as tables of older versions, and of GPUs without dependent launches
+    row(4, 2560, 2048, "gemv/8/1024/4"),
+    row(4, 2048, 2048, "gemv/4/1024/4", "panel/8/16/512/2/pdl"),
+    row(32, 2048, 2048, "tile/32/64/128/4/4", "pair/32/64/128/4/4/pdl"),
+    row(64, 2048, 2048, "tile/64/64/128/4/4", "unfused"),
+    row(128, 2048, 2048, "tile/128/64/64/4/4"),
+)
+
+
+@pytest.mark.parametrize(
+    ("problem", "config", "dependent"),
+    [
+        (Problem(3, 2048, 2048), "gemv/4/1024/4", "panel/8/16/512/2/pdl"),
+        (Problem(17, 2048, 2048), "tile/32/64/128/4/4", "pair/32/64/128/4/4/pdl"),
+        (Problem(17, 2048, 2560), "tile/32/64/128/4/4", "pair/32/64/128/4/4/pdl"),  # the nearest weight
+        (Problem(4, 2560, 2048), "gemv/8/1024/4", "panel/8/16/512/2/pdl"),  # its own row has none
+        (Problem(33, 2048, 2048), "tile/64/64/128/4/4", "unfused"),
+        (Problem(1, 4096, 1024), "gemv/8/1024/4", None),  # nor has one that is near
+        (Problem(16, 6144, 4096), "tile/16/64/128/4/4", None),
+    ],
+)
+def test_lookup_of_dependents(problem: Problem, config: str, dependent: str | None) -> None:
+    assert str(lookup(problem, DEPENDENTS)) == config
+    found = lookup(problem, DEPENDENTS, dependent=True)
+    assert (None if found is None else str(found)) == dependent
+
+
 def write_table(folder: Path, *rows: dict[str, Any]) -> Path:
     path = folder / table_name("Some GPU (80GB)")
     path.write_text(json.dumps({"rows": rows}))
@@ -155,7 +225,7 @@ SOUND = dict(m=1, n=8, k=64, dtype="bfloat16", swiglu=False, config="gemv/2/64/1
 
 def test_choose_reads_the_device_s_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem(1, 8, 64)
-    monkeypatch.setattr(fusion_config, "TABLES", tmp_path)
+    monkeypatch.setattr(fusion_table, "TABLES", tmp_path)
     choose.cache_clear()
     write_table(tmp_path, SOUND)
     assert str(choose(problem, "Some GPU (80GB)", H100)) == "gemv/2/64/1"
@@ -165,14 +235,39 @@ def test_choose_reads_the_device_s_table(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_row_that_does_not_fit_the_gpu_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem(16, 8, 64)
-    monkeypatch.setattr(fusion_config, "TABLES", tmp_path)
+    monkeypatch.setattr(fusion_table, "TABLES", tmp_path)
     choose.cache_clear()
     write_table(tmp_path, {**SOUND, "m": 16, "config": "tile/16/128/256/4/3"})
     assert choose(problem, "Some GPU (80GB)", CONSUMER) == heuristic(problem, CONSUMER)
     choose.cache_clear()
 
 
-@pytest.mark.parametrize("bad", [{"config": "fast"}, {"m": "one"}, {"unfused_us": None}])
+def test_choose_takes_dependents_where_they_are_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table's, or guessed ones; on a GPU without them, and above 64 rows, what all others get."""
+    monkeypatch.setattr(fusion_table, "TABLES", tmp_path)
+    choose.cache_clear()
+    pair = {**SOUND, "m": 32, "config": "tile/32/16/16/4/2", "dependent": "pair/32/16/16/4/2/pdl"}
+    write_table(tmp_path, SOUND, pair, {**SOUND, "m": 128, "config": "tile/128/16/16/4/2"})
+
+    def chosen(m: int, gpu: Gpu, dependent: bool) -> str:
+        return str(choose(Problem(m, 8, 64), "Some GPU (80GB)", gpu, dependent=dependent))
+
+    assert chosen(32, HOPPER, True) == "pair/32/16/16/4/2/pdl"
+    assert chosen(32, HOPPER, False) == chosen(32, H100, True) == "tile/32/16/16/4/2"
+    assert chosen(33, HOPPER, True) == str(heuristic(Problem(33, 8, 64), HOPPER, dependent=True))
+    assert chosen(1, H100, True) == "gemv/2/64/1"
+    assert chosen(100, HOPPER, True) == chosen(100, HOPPER, False) == "tile/128/16/16/4/2"
+    choose.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"config": "fast"}, {"m": "one"}, {"unfused_us": None}, {"dependent": "fast"}, {"dependent": None},
+        {"config": "gemv/2/64/1/pdl"},  # would be launched for callers who promise nothing
+    ],
+    ids=str,
+)  # fmt: skip
 def test_a_broken_table_is_named(tmp_path: Path, bad: dict[str, Any]) -> None:
     path = write_table(tmp_path, {**SOUND, **bad})
     with pytest.raises(ValueError, match="is no table of rms_norm_linear"):
@@ -191,10 +286,13 @@ def test_shipped_tables(path: Path) -> None:
     for row in rows:
         assert row.config.faults(row.problem, H100) == []
         assert row.config == UNFUSED or row.fused_us <= row.unfused_us
+        assert row.dependent is None or row.dependent.faults(row.problem, HOPPER) == []
+        assert row.dependent in (None, UNFUSED) or row.dependent.launch_pdl
 
 
 def test_the_policy_is_pure() -> None:
-    assert not {"torch", "triton"} & set(vars(fusion_config))
+    for module in (fusion_config, fusion_table):
+        assert not {"torch", "triton"} & set(vars(module))
 
 
 # ----------------------------------------------------------------------------------------------------- compiler

@@ -20,6 +20,8 @@ from tiny_models import CASES, reference_logits, save_model
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import cuda_graph
 from nanovllm.engine.cuda_graph import SHORT_CONTEXT
+from nanovllm.kernels.chain_config import chain_rows
+from nanovllm.kernels.jit import gpu_of
 
 pytestmark = pytest.mark.gpu
 ENGINE: dict[str, Any] = dict(
@@ -163,15 +165,31 @@ def test_contexts_that_outgrow_the_short_graphs(tmp_path: Path) -> None:
     assert results[0] == results[1]
 
 
-def test_fused_half_precision_error_budget_up_to_32_rows(tmp_path: Path) -> None:
-    """Every kernel variant of the chain (one row, up to 8, up to 16, up to 32) judged against fp64."""
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 16, 17, 32, 33, 64])
+def test_fused_half_precision_error_budget(rows: int, tmp_path: Path) -> None:
+    """Every kernel variant of the chain (one row, up to 8, up to 16, and pairs up to 64) judged against fp64."""
     model = save_model("qwen3", tmp_path)
-    options = {**ENGINE, "max_num_seqs": 32, "num_kvcache_blocks": 256, "max_num_batched_tokens": 512}
-    for rows in (1, 2, 7, 8, 9, 16, 17, 32):
-        tokens = sequences([40 + 3 * i for i in range(rows)], 211)
-        with LLM(str(tmp_path), dtype="bfloat16", max_model_len=256, fusion="on", **options) as llm:
-            ours = teacher_forced(llm, tokens, [10] * rows)
-        judge(model, tokens, [10] * rows, ours, torch.bfloat16)
+    options = {**ENGINE, "max_num_seqs": 64, "num_kvcache_blocks": 512, "max_num_batched_tokens": 1024}
+    tokens = sequences([40 + 3 * i for i in range(rows)], 211)
+    with LLM(str(tmp_path), dtype="bfloat16", max_model_len=256, fusion="on", **options) as llm:
+        assert llm.engine.runner.loaded.fused_rows == chain_rows(2, gpu_of(torch.device("cuda")))
+        ours = teacher_forced(llm, tokens, [10] * rows)
+    judge(model, tokens, [10] * rows, ours, torch.bfloat16)
+
+
+@pytest.mark.parametrize("rows", [17, 32, 33, 64])
+def test_pairs_of_a_graph_equal_eager(rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms and the tiles that started beside them: the same tokens and log-probabilities, bit for bit."""
+    save_model("qwen3", tmp_path)
+    monkeypatch.setattr(cuda_graph, "CHUNK_SIZES", {})
+    options = {**ENGINE, "max_num_seqs": rows, "num_kvcache_blocks": 512, "max_num_batched_tokens": 2048}
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=5)
+    results = []
+    for eager in (True, False):
+        with LLM(str(tmp_path), dtype="bfloat16", max_model_len=256, enforce_eager=eager, **options) as llm:
+            outputs = llm.generate(sequences([12] * rows, 211), params, use_tqdm=False)
+            results.append([(output.outputs[0].token_ids, output.outputs[0].logprobs) for output in outputs])
+    assert results[0] == results[1]
 
 
 def test_async_scheduling_changes_no_token(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ shared memory. Triton's compiler needs no GPU; only the launch is replaced, so w
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from types import ModuleType
 from typing import Any
@@ -31,7 +32,7 @@ from nanovllm.kernels import (
     sample_cut,
 )
 from nanovllm.kernels.chain_config import linear_config
-from nanovllm.kernels.fusion_config import Problem
+from nanovllm.kernels.fusion_config import FusionConfig, Problem
 from nanovllm.kernels.launch_config import H100, Gpu, rope_attention_config
 
 triton = pytest.importorskip("triton")
@@ -76,12 +77,18 @@ class CompileOnly:
         options = {"num_warps": num_warps, "num_stages": num_stages}
         binary = triton.compile(source, target=self.target, options=options)
         assert binary.metadata.shared <= self.gpu.shared_memory
+        before, wait, behind = binary.asm["ptx"].partition("griddepcontrol.wait")
+        triggers = constants.get("TRIGGER", launch_pdl and name not in LAST_OF_A_STEP)
+        if "TRIGGER" in constants or launch_pdl:
+            assert ("griddepcontrol.launch_dependents" in binary.asm["ptx"]) == triggers
         if launch_pdl:  # what may be read early is asked for before the wait, and all of the rest behind it
-            before, wait, behind = binary.asm["ptx"].partition("griddepcontrol.wait")
             assert wait and "st.global" in behind and "st.global" not in before
-            assert ("griddepcontrol.launch_dependents" in binary.asm["ptx"]) == (name not in LAST_OF_A_STEP)
-            assert ("ld.global" in before or "prefetch" in before) == (name not in SAMPLING)
+            early = name not in SAMPLING and values.get("weight", 0) is not None  # without gamma a norm has nothing
+            assert ("ld.global" in before or "prefetch" in before) == early
+        if launch_pdl and name == "tile_kernel":  # x would be read by what its loop pipelines
+            assert "ld.global" not in before and "cp.async.c" not in before
         self.compiled.append(name)
+        self.pdl, self.ptx = launch_pdl, binary.asm["ptx"]  # of the last launch
 
     @staticmethod
     def describe(value: Any) -> str:
@@ -100,7 +107,16 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     gpu, capability = TARGETS[request.param]
     names: list[str] = []
     modules: list[ModuleType] = [activation, decode_attention, kv_cache, norm, prefill_attention, rope]
-    modules += [linear_residual, rms_norm_linear_kernels, rope_attention, feed, fetch, sample, sample_cut]
+    modules += [
+        linear_residual,
+        rms_norm_linear_fusion,
+        rms_norm_linear_kernels,
+        rope_attention,
+        feed,
+        fetch,
+        sample,
+        sample_cut,
+    ]
     for module in modules:
         if hasattr(module, "use_triton"):
             monkeypatch.setattr(module, "use_triton", lambda x: True)
@@ -213,6 +229,40 @@ def test_linears_of_the_decode_chain(
     assert len(compiled) == 4
 
 
+@pytest.mark.parametrize("compiled", ["dependent"], indirect=True)
+@pytest.mark.parametrize("rows", [17, 33, 64])
+@pytest.mark.parametrize("pdl", [True, False])
+def test_pairs(compiled: list[str], rows: int, pdl: bool) -> None:
+    """A norm that lets its tile start, itself a dependent or not, with and without gamma; and the tile alone."""
+    for n, k, swiglu in ((4096, 1024, False), (3072, 1024, True)):
+        problem = Problem(rows, n, k, "bfloat16", swiglu)
+        config = dataclasses.replace(linear_config(problem, DEPENDENT), launch_pdl=pdl)
+        assert config.variant == "pair"
+        x, weight = torch.zeros(rows, k, dtype=BF16), torch.zeros(problem.weight_rows, k, dtype=BF16)
+        for gamma in (torch.ones(k, dtype=BF16), None):
+            compiled.clear()
+            rms_norm_linear_fusion.launch(problem, config, x, weight, gamma, 1e-6, None, None)
+            assert compiled == ["_rms_norm_kernel", "tile_kernel"]
+            assert (norm._rms_norm_kernel.pdl, rms_norm_linear_kernels.tile_kernel.pdl) == (pdl, True)
+    compiled.clear()
+    linear_residual.linear_residual(x, weight[:1024], torch.zeros(rows, 1024, dtype=BF16), config=config)
+    assert compiled == ["tile_kernel"] and rms_norm_linear_kernels.tile_kernel.pdl == pdl
+
+
+@pytest.mark.parametrize("compiled", ["h100", "consumer", "dependent"], indirect=True)
+@pytest.mark.parametrize("text", ["tile/64/32/64/4/3", "tile/64/16/128/4/2", "pair/64/32/64/4/3"])
+def test_tiles_with_x_on_the_left(compiled: list[str], request: pytest.FixtureRequest, text: str) -> None:
+    """With and without the norm inside, and in a dtype that scales first; a pair's is a dependent where the GPU can."""
+    for dtype, swiglu in ((BF16, True), (torch.float16, False)):
+        problem = Problem(64, 1001, 1000, str(dtype).removeprefix("torch."), swiglu)
+        x, weight = torch.zeros(64, 1000, dtype=dtype), torch.zeros(problem.weight_rows, 1000, dtype=dtype)
+        rms_norm_linear_fusion.launch(problem, FusionConfig.parse(text), x, weight, x[0], 1e-6, weight[:, 0], None)
+    assert compiled == (["tile_kernel"] if "tile" in text else ["_rms_norm_kernel", "tile_kernel"]) * 2
+    target, tile = request.node.callspec.params["compiled"], rms_norm_linear_kernels.tile_kernel
+    assert tile.pdl == ("pair" in text and target == "dependent")
+    assert ("wgmma.mma" in tile.ptx) == (target != "consumer"), "Hopper's instruction takes 64 rows on its left"
+
+
 # (q_heads, kv_heads, head_dim, page, window, sequences, longest context), and whether tiles are pipelined
 CHAIN_ATTENTION = [
     ("dependent", (16, 8, 128, 32, None, 1, 40960), False),
@@ -222,6 +272,7 @@ CHAIN_ATTENTION = [
     ("dependent", (32, 8, 64, 64, 300, 16, 4096), False),
     ("dependent", (32, 8, 64, 64, 1000, 16, 4096), True),
     ("dependent", (16, 8, 128, 32, None, 32, 512), True),
+    ("dependent", (16, 8, 128, 32, None, 64, 4096), True),
     ("consumer", (14, 2, 64, 32, None, 3, 4096), False),
     ("consumer", (32, 8, 128, 32, None, 10, 40960), True),
     ("consumer", (32, 8, 128, 32, None, 16, 512), True),

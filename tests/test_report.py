@@ -185,7 +185,8 @@ def test_every_plot_is_drawn_and_stale_ones_go(tmp_path: Path) -> None:
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "stale.png").write_bytes(b"")
     written = report.draw([r for r in rows if r.device == GPU], tmp_path / "plots")
-    kinds = ("decode", "decode_length", "decode_speedup", "prefill", "workload", "fusion_speedup", "roofline", "time")
+    kinds = ("decode", "decode_length", "decode_speedup", "prefill", "workload")
+    kinds += ("fusion_speedup", "fusion_dependent", "roofline", "time")
     assert written == [f"{kind}_h100-80gb-hbm3.png" for kind in kinds]
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == sorted(written)
     assert all((tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in written)

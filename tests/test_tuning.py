@@ -19,18 +19,11 @@ import pytest
 import torch
 
 from nanovllm import cli
+from nanovllm.cli.tune import line
 from nanovllm.config import ModelConfig
-from nanovllm.kernels import fusion_config, rms_norm_linear_fusion, rms_norm_linear_kernels
-from nanovllm.kernels.fusion_config import (
-    TABLES,
-    UNFUSED,
-    FusionConfig,
-    Problem,
-    choose,
-    heuristic,
-    load_table,
-    table_name,
-)
+from nanovllm.kernels import fusion_table, rms_norm_linear_fusion, rms_norm_linear_kernels
+from nanovllm.kernels.fusion_config import UNFUSED, FusionConfig, Problem, heuristic
+from nanovllm.kernels.fusion_table import TABLES, choose, load_table, table_name
 from nanovllm.kernels.jit import gpu_of
 from nanovllm.kernels.launch_config import H100, Gpu
 from nanovllm.tuning import table
@@ -80,11 +73,15 @@ def test_candidates_can_run_and_are_few(gpu: Gpu) -> None:
         found = candidates(problem, gpu)
         assert not [config for config in found if config.faults(problem, gpu)]
         assert any(config.launch_pdl for config in found) == (gpu.pdl and problem.m <= 64)
+        pairs = gpu.pdl and problem.element_size == 2 and 16 <= problem.m <= 64
+        assert {config.launch_pdl for config in found if config.variant == "pair"} == (
+            {False, True} if pairs else set()
+        )
         assert len(set(found)) == len(found) <= 120, (problem, len(found))
         if problem.m > 128:  # nobody beats cuBLAS there
             assert found == []
             continue
-        assert len(found) >= (1 if problem.m > 64 else 6), problem
+        assert len(found) >= (1 if problem.m > 64 else 4), problem
         variants = {config.variant for config in found}
         assert variants >= ({"gemv"} if problem.m == 1 else {"panel"} if problem.m <= 16 else {"tile"})
         assert "tile" in variants or problem.m < 16
@@ -125,10 +122,12 @@ def test_the_best_dependents_known_are_candidates(problem: Problem, text: str) -
 
 def test_kernels_are_shared_between_problems() -> None:
     """Compilation is what tuning costs: problems that differ in N, or in an even K, need no second one of a tile."""
-    tile, gemv = FusionConfig.parse("tile/16/32/128/4/4"), FusionConfig.parse("gemv/2/512/2")
-    assert kernel_of(Problem(9, 4096, 1024), tile) == kernel_of(Problem(16, 6144, 4096), tile)
-    assert kernel_of(Problem(9, 4096, 1024), tile) != kernel_of(Problem(9, 4096, 1000), tile)
-    assert kernel_of(Problem(9, 4096, 1024), tile) != kernel_of(Problem(9, 4096, 1024, swiglu=True), tile)
+    gemv = FusionConfig.parse("gemv/2/512/2")
+    for text in ("tile/16/32/128/4/4", "pair/16/32/128/4/4/pdl"):
+        tile = FusionConfig.parse(text)
+        assert kernel_of(Problem(9, 4096, 1024), tile) == kernel_of(Problem(16, 6144, 4096), tile)
+        assert kernel_of(Problem(9, 4096, 1024), tile) != kernel_of(Problem(9, 4096, 1000), tile)
+        assert kernel_of(Problem(9, 4096, 1024), tile) != kernel_of(Problem(9, 4096, 1024, swiglu=True), tile)
     assert kernel_of(Problem(1, 4096, 1024), gemv) == kernel_of(Problem(1, 6144, 1024), gemv)
     assert kernel_of(Problem(1, 4096, 1024), gemv) != kernel_of(Problem(2, 4096, 1024), gemv)
     assert kernel_of(Problem(1, 4096, 1024), gemv) != kernel_of(Problem(1, 4096, 2048), gemv)
@@ -152,6 +151,7 @@ class Launches:
 def test_a_kernel_compiles_what_the_problem_needs(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """The launch of the small problem has the constants of the large one, for every candidate."""
     monkeypatch.setattr(rms_norm_linear_fusion, "use_triton", lambda x: True)
+    monkeypatch.setattr(rms_norm_linear_fusion, "gpu_of", lambda device: gpu)
 
     def constants(problem: Problem, config: FusionConfig) -> set[str]:
         seen: set[str] = set()
@@ -167,6 +167,7 @@ def test_a_kernel_compiles_what_the_problem_needs(gpu: Gpu, monkeypatch: pytest.
         Problem(2, 512, 2048, swiglu=True),
         Problem(8, 640, 1024),
         Problem(64, 512, 1088),
+        Problem(32, 512, 512),  # fewer columns than a pair may bring to the cache
     ]:
         for config in candidates(problem, gpu):
             assert constants(problem, config) == constants(kernel_of(problem, config).problem, config), (
@@ -223,6 +224,37 @@ def test_a_win_within_noise_is_none() -> None:
     assert timed({}, {A: 9.95, B: 9.95, C: 9.95, D: 9.95, "unfused": 10.0})[0].choice() == "unfused"
     assert timed({}, {A: 9.8, "unfused": 10.0})[0].choice() == A
     assert timed({}, {A: 11.0, "unfused": 10.0})[0].us("fused") == 10.0
+
+
+def test_either_launch_is_ranked_among_its_own() -> None:
+    """Dependents that are slower in the cheap pass are timed nonetheless, and the table gets the best of both."""
+    configs = FOUR + [dataclasses.replace(config, launch_pdl=True) for config in FOUR]
+    cheap = {A: 1, B: 2, C: 3, D: 4, f"{A}/pdl": 11, f"{B}/pdl": 12, f"{C}/pdl": 10, f"{D}/pdl": 13}
+    clock = {A: 5.0, B: 5.5, f"{A}/pdl": 4.0, f"{C}/pdl": 3.0, "unfused": 6.0}
+
+    def measured(clock: dict[str, float]) -> Result:
+        return measure(SMALL, Operands(SMALL.problem, CPU), configs, FakeTimer(cheap, clock), rounds=4, finalists=2)
+
+    result = measured(clock)
+    assert set(result.times) == set(clock)
+    assert (result.choice(), result.choice(dependent=True)) == (A, f"{C}/pdl")
+    assert (result.us("fused"), result.us("dependent")) == (5.0, 3.0)
+    (row,) = table.rows_of([result])
+    assert (row["config"], row["fused_us"], row["dependent"], row["dependent_us"]) == (A, 5.0, f"{C}/pdl", 3.0)
+    assert f"{A} 5.00 us, norm + linear 6.00 us, as a dependent {C}/pdl 3.00 us" in line(result)
+
+    late = measured({**clock, f"{A}/pdl": 7.0, f"{C}/pdl": 6.5})
+    assert late.us("dependent") == 5.0, "who may launch a dependent may as well not"
+    assert table.rows_of([late])[0].items() >= {"config": A, "dependent": A, "dependent_us": 5.0}.items()
+    refused = dataclasses.replace(timed({}, {A: 7.0, "unfused": 6.0})[0], refused={f"{A}/pdl": "wrong"})
+    assert table.rows_of([refused])[0]["dependent"] == "unfused", "no dependent passed: the policy must not guess one"
+
+
+def test_without_dependents_nothing_is_said_of_them() -> None:
+    result, _ = timed({}, {A: 5.0, "unfused": 6.0})
+    assert not result.has_dependents and result.us("dependent") == 5.0
+    assert not any("dependent" in name for name in table.rows_of([result])[0])
+    assert "dependent" not in line(result)
 
 
 def test_baselines_are_timed_in_the_same_turns() -> None:
@@ -307,16 +339,19 @@ def test_a_median_ignores_the_first_turn_and_an_outlier() -> None:
 # ------------------------------------------------------------------------------------------------------- search
 
 
-def test_search_hands_out_results_and_counts_steps() -> None:
+@pytest.mark.parametrize("gpu", [H100, DEPENDENT], ids=["h100", "dependent"])
+def test_search_hands_out_results_and_counts_steps(gpu: Gpu) -> None:
+    """Where the GPU knows dependent launches, the best three of those as well."""
     wanted = [dataclasses.replace(SMALL, problem=Problem(m, 24, 512, "float32")) for m in (1, 2)]
-    stages = plan(wanted, H100)
+    stages = plan(wanted, gpu)
     steps: list[int] = []
     found = []
     for result in search(
-        stages, CPU, jobs=1, timer=lambda *a: FakeTimer({}, {"unfused": 9.0})(*a), progress=steps.append
+        stages, CPU, jobs=1, timer=lambda *a: FakeTimer({}, {"unfused": 90.0})(*a), progress=steps.append
     ):
         found.append(result.case)
-        assert len(result.times) == 4
+        assert len(result.times) == (7 if gpu.pdl else 4)
+        assert result.has_dependents == ("dependent" in table.rows_of([result])[0]) == gpu.pdl
     assert found == wanted
     assert sum(steps) == sum(stage.steps for stage in stages)
 
@@ -401,9 +436,9 @@ def test_a_file_that_is_no_table_is_not_overwritten(tmp_path: Path, text: str) -
 
 def test_the_user_s_table_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped, user = tmp_path / "shipped", tmp_path / "user"
-    monkeypatch.setattr(fusion_config, "TABLES", shipped)
-    monkeypatch.setenv(fusion_config.VARIABLE, str(user))
-    for folder, config in ((shipped, "gemv/2/64/1"), (user / fusion_config.OPERATOR, "gemv/4/64/1")):
+    monkeypatch.setattr(fusion_table, "TABLES", shipped)
+    monkeypatch.setenv(fusion_table.VARIABLE, str(user))
+    for folder, config in ((shipped, "gemv/2/64/1"), (user / fusion_table.OPERATOR, "gemv/4/64/1")):
         writer = table.TableWriter(folder, "Some GPU", RUN)
         writer.add(result_of(1, config))
         if folder is shipped:
@@ -417,10 +452,10 @@ def test_the_user_s_table_comes_first(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_where_the_user_s_tables_are() -> None:
-    assert fusion_config.user_tables({fusion_config.VARIABLE: "/a"}) == Path("/a/rms_norm_linear")
-    assert fusion_config.user_tables({"XDG_CACHE_HOME": "/c"}) == Path("/c/nanovllm/tuned/rms_norm_linear")
+    assert fusion_table.user_tables({fusion_table.VARIABLE: "/a"}) == Path("/a/rms_norm_linear")
+    assert fusion_table.user_tables({"XDG_CACHE_HOME": "/c"}) == Path("/c/nanovllm/tuned/rms_norm_linear")
     home = Path(os.path.expanduser("~"))
-    assert fusion_config.user_tables({}) == home / ".cache/nanovllm/tuned/rms_norm_linear"
+    assert fusion_table.user_tables({}) == home / ".cache/nanovllm/tuned/rms_norm_linear"
 
 
 def test_provenance_names_no_machine() -> None:
@@ -547,6 +582,17 @@ def test_the_benchmark_reports_losses_and_complete_groups(monkeypatch: pytest.Mo
     records = report.records({"device": "Fake"})
     assert [r.options for r in records if r.metric == "speedup_geomean"] == ["M=1", "qkv to M=64"]
     assert {r.test for r in records} == {"fusion_operator"}
+    assert not any("dependent" in r.options for r in records)
+    for result in results:
+        result.times["gemv/2/64/1/pdl"] = (2.0, 2.0, 2.0)  # twice as fast as on its own
+    both = Report(wanted, results, bandwidth=6e12)
+    assert "dependent: speed-up over compiled norm" in both.summary()
+    kept = {(r.metric, r.batch, r.options): r for r in both.records({"device": "Fake"})}
+    assert len(kept) == len(both.records({"device": "Fake"}))
+    speedups = [kept["speedup", "1", f"qkv {form}"] for form in ("fused", "dependent")]
+    assert [(r.value, r.note) for r in speedups] == [(2.0, "gemv/2/64/1"), (4.0, "gemv/2/64/1/pdl")]
+    means = [kept["speedup_geomean", "", name].value for name in ("M=1", "M=1, dependent")]
+    assert means == [pytest.approx(1.0), pytest.approx(2.0)]
     large = cases({"tiny": SHAPES["Qwen3-0.6B"]}, (1024,), layers=("gate_up+swiglu",), folded=True)
     parts = {name: (5.0, 5.0, 5.0) for name in ("unfused", "compiled", "eager", "gemm")}
     folded = Report(large, [Result(large[0], parts)], bandwidth=6e12).records({"device": "Fake"})

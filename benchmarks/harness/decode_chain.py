@@ -141,10 +141,10 @@ class Chain:
         ValueError, when a step runs, for one that cannot run its linear.
         """
 
-        def linear_config(problem: Problem, gpu: Gpu) -> FusionConfig:
+        def linear_config(problem: Problem, gpu: Gpu, *, norm: bool = True) -> FusionConfig:
             name = self._names[problem.n, problem.k, problem.swiglu]
             if name not in linears:
-                return chain_config.linear_config(problem, gpu)
+                return chain_config.linear_config(problem, gpu, norm=norm)
             config = replace(linears[name], launch_pdl=gpu.pdl and linears[name].variant != "unfused")
             if faults := config.faults(problem, gpu):
                 raise ValueError(f"{name} cannot be {config} for {problem.m} rows: {'; '.join(faults)}")

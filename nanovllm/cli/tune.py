@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanovllm.kernels.fusion_config import ELEMENT_SIZES, OPERATOR, VARIABLE, user_tables
+from nanovllm.kernels.fusion_config import ELEMENT_SIZES
+from nanovllm.kernels.fusion_table import OPERATOR, VARIABLE, user_tables
 from nanovllm.tuning.cases import ROWS, SHAPES, Shape, cases
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ programs: results reproduce.
     pair      to about 64   the norm, then a tile's grid   a norm kernel, and a tile that asks for its weights meanwhile
     unfused   more          norm kernel, then cuBLAS: the GEMM is bound by arithmetic, and cuBLAS is better at that
 
-Which one, and its block sizes, is data: `fusion_config`. Traffic in bytes: `fusion_config.Problem.bytes_moved`; for
+Which one, and its block sizes, is data: `fusion_config`, `fusion_table`. Traffic in bytes: `Problem.bytes_moved`; for
 one row the weight is all of it (Qwen3-0.6B's QKV: 8.4 MB of weight, 10 KB of x and y). What fusion saves there is not
 traffic but a kernel and the gap behind it: 1.4 us of norm beside 2.8 us in which an H100 reads that weight.
 
@@ -45,7 +45,8 @@ import torch.nn.functional as F
 from nanovllm.kernels import reference
 from nanovllm.kernels import rms_norm_linear_kernels as kernels
 from nanovllm.kernels.activation import rms_silu_mul, silu_mul
-from nanovllm.kernels.fusion_config import ELEMENT_SIZES, FusionConfig, Problem, choose
+from nanovllm.kernels.fusion_config import ELEMENT_SIZES, FusionConfig, Problem
+from nanovllm.kernels.fusion_table import choose
 from nanovllm.kernels.jit import gpu_of, triton_installed, use_triton
 from nanovllm.kernels.launch_config import cdiv
 from nanovllm.kernels.norm import rms_norm
@@ -75,7 +76,8 @@ def rms_norm_linear(
     weights_ready: a promise that weight, norm_weight and bias were in memory before the kernel queued in front of this
     one began, as a model's are when it generates. On Hopper the kernel is then launched as a programmatic dependent: it
     reads its weights while the kernel in front still runs. x and residual may be what that kernel writes. (A config
-    that says "pdl" or "late" makes the same promise.)
+    that says "pdl" or "late" makes the same promise.) A dependent in front began early itself: in a row of them, what
+    counts is the kernel in front of the first.
     Returns [..., N], contiguous; it has no backward.
     Raises ValueError for shapes, dtypes or devices that do not match, a negative eps, an unknown activation.
     """
@@ -219,10 +221,7 @@ def _config(problem: Problem, device: torch.device, text: str | None, weights_re
     if text is None:
         return policy(problem, device, dependent=weights_ready)
     config = FusionConfig.parse(text)
-    faults = config.faults(problem, gpu_of(device))
-    if config.launch_pdl and device.type != "cuda":
-        faults.append("launch_pdl needs a CUDA device")
-    if faults:
+    if faults := config.faults(problem, gpu_of(device)):
         raise ValueError(f"config {config} cannot run {problem}: {'; '.join(faults)}")
     return config
 
@@ -265,12 +264,12 @@ def launch(
 ) -> torch.Tensor:
     """Run one fused kernel on arguments that have been checked; the operator without its questions.
 
-    norm=False leaves the norm out (`linear_residual`). out: [..., N] contiguous; it may be `residual`, since a program
-    reads just the elements that it writes.
+    norm=False leaves the norm out (`linear_residual`): a pair is then its tile alone. out: [..., N] contiguous; it may
+    be `residual`, since a program reads just the elements that it writes.
     """
     y = torch.empty((*x.shape[:-1], problem.n), dtype=x.dtype, device=x.device) if out is None else out
     pdl = config.launch_pdl
-    if config.variant == "pair":
+    if config.variant == "pair" and norm:
         # The norm writes no weights, and waits for whatever does: the tile behind it may always be its dependent.
         dependent = gpu_of(x.device).pdl
         x = rms_norm(x, norm_weight, eps, trigger=dependent, pdl=pdl)

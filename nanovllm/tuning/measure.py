@@ -53,8 +53,9 @@ class Result:
     refused: dict[str, str] = field(default_factory=dict)
 
     def best(self, *, dependent: bool = False) -> str:
-        """The fastest fused configuration that is (or is not) a dependent launch, or "unfused" if none passed."""
-        fused = {name: us for name, (us, _, _) in self.times.items() if "/" in name and is_dependent(name) == dependent}
+        """The fastest fused configuration, or "unfused" if none passed. `dependent`: it may be a dependent launch."""
+        allowed = (name for name in self.times if "/" in name and (dependent or not is_dependent(name)))
+        fused = {name: self.times[name][0] for name in allowed}
         return min(fused, key=lambda name: fused[name], default="unfused")
 
     def choice(self, *, dependent: bool = False) -> str:
@@ -65,7 +66,7 @@ class Result:
     @property
     def has_dependents(self) -> bool:
         """Whether dependent launches were measured: where the GPU knows them."""
-        return self.best(dependent=True) != "unfused"
+        return any(map(is_dependent, (*self.times, *self.refused)))
 
     def us(self, name: str) -> float:
         """The median of one variant; of "fused" and "dependent", what the table chose."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm import __version__
-from nanovllm.kernels.fusion_config import load_table, table_name
+from nanovllm.kernels.fusion_table import load_table, table_name
 from nanovllm.tuning.measure import Result
 
 Row = dict[str, Any]
