@@ -64,7 +64,8 @@ class FusionConfig:
     panel: the same on tensor cores, for at most `block_m` rows of x; `block_k` columns of the weight are in flight, of
     which each warp multiplies 32 in every 32 * `num_warps`.
     tile: products of [block_n, block_k] by [block_k, block_m], `num_stages` of them in flight.
-    pair: two kernels, the norm and a tile without one, which has asked for its weights before the norm has ended.
+    pair: two kernels, the norm and a tile without one, which starts beside it, and if the pair is a dependent has asked
+    for its weights when the norm has ended.
     `block_n` counts weight rows: with SwiGLU a program writes half as many outputs.
     `launch_pdl`: programmatic dependent launch (Hopper, Triton 3.6): the kernel starts before its predecessor ends and
     waits for it as late as it can, after asking for its weights: they must have been in memory before the predecessor

@@ -23,7 +23,7 @@ programs: results reproduce.
     gemv      1 to 4 rows   (N / block_n,)                 rows of the weight in the registers of a warp, CUDA cores
     panel     to 16         (N / block_n,)                 a tile of it in registers, tensor cores; warps split K
     tile      to about 32   (N / block_n, M / block_m)     the weight as the left operand of tensor-core products
-    pair      to about 64   the norm, then a tile's grid   a norm kernel, and a tile that asks for its weights meanwhile
+    pair      to about 64   the norm, then a tile's grid   a norm kernel, and a tile that starts meanwhile
     unfused   more          norm kernel, then cuBLAS: the GEMM is bound by arithmetic, and cuBLAS is better at that
 
 Which one, and its block sizes, is data: `fusion_config`, `fusion_table`. Traffic in bytes: `Problem.bytes_moved`; for
