@@ -261,7 +261,7 @@ def test_one_over_rms_is_not_rounded(
         Case((3,), 21, 100, ALL, "gemv/4/64/1"),
         Case((6,), 18, 100, ALL + " swiglu", "tile/16/16/32/2/2"),
         Case((6,), 18, 100, ALL + " swiglu", "tile/64/32/32/4/2"),
-        Case((2, 3), 18, 128, ALL + " swiglu", "pair/16/32/32/2/2"),  # with a gap of 8 aligned: it prefetches
+        Case((2, 3), 18, 128, ALL + " swiglu", "pair/16/32/32/2/2"),  # with a gap of 8 aligned
         Case((6,), 18, 100, ALL + " swiglu", "panel/8/16/64/2"),
     ],
     large=[Case((2, 2), 300, 1000, ALL), Case((2, 3), 300, 1000, ALL + " swiglu"), Case((70,), 300, 1000, ALL)],

@@ -84,6 +84,7 @@ class CompileOnly:
         if launch_pdl:  # what may be read early is asked for before the wait, and all of the rest behind it
             assert wait and "st.global" in behind and "st.global" not in before
             early = name not in SAMPLING and values.get("weight", 0) is not None  # without gamma a norm has nothing
+            early = early and values.get("PREFETCH") != 0  # the tile of a pair that is no dependent
             assert ("ld.global" in before or "prefetch" in before) == early
         if launch_pdl and name == "tile_kernel":  # x would be read by what its loop pipelines
             assert "ld.global" not in before and "cp.async.c" not in before

@@ -64,7 +64,8 @@ class FusionConfig:
     panel: the same on tensor cores, for at most `block_m` rows of x; `block_k` columns of the weight are in flight, of
     which each warp multiplies 32 in every 32 * `num_warps`.
     tile: products of [block_n, block_k] by [block_k, block_m], `num_stages` of them in flight.
-    pair: two kernels, the norm and a tile without one, which has asked for its weights before the norm has ended.
+    pair: two kernels, the norm and a tile without one, which starts beside it, and if the pair is a dependent has asked
+    for its weights when the norm has ended.
     `block_n` counts weight rows: with SwiGLU a program writes half as many outputs.
     `launch_pdl`: programmatic dependent launch (Hopper, Triton 3.6): the kernel starts before its predecessor ends and
     waits for it as late as it can, after asking for its weights: they must have been in memory before the predecessor
@@ -220,10 +221,9 @@ def pair_config(problem: Problem, gpu: Gpu) -> FusionConfig:
     """Tiles of 64 weight rows, which fill a matrix instruction; of 32 where those of 64 would leave half the GPU idle.
 
     Then x fills it: with 64 rows, of which those that x lacks cost nothing. As dependents (H100, 2026-11-26) this is
-    the best of all, or within 3 % of it, for most problems of 17 to 64 rows. In the decode chain, Qwen3-0.6B, 32 rows
-    at 256 / 1,024 keys: 41.3 / 76.5 us a layer, QKV of 64 rows 43.0 / 77.7, gate_up of 32 rows too 43.1 / 78.0, tiles
-    that are fused with the norm 45.5 / 79.7, norm and cuBLAS 49.2 / 83.2; 64 rows 55.3 / 121, 57.4 / 123, norm and
-    cuBLAS 65.2 / 131.
+    the best of all, or within 3 % of it, for most problems of 17 to 64 rows. A layer of Qwen3-0.6B's decode chain at
+    256 / 1,024 keys (output and down projections as tiles), us: 32 rows 41.3 / 76.5, with QKV of 64 rows 43.0 / 77.7,
+    gate_up of 32 rows too 43.1 / 78.0; 64 rows 55.3 / 121, 57.4 / 123, 56.9 / 124.
     """
     block_m, block_n, stages = max(16, next_power_of_2(problem.m)), 64, 4
     if cdiv(problem.weight_rows, 32) <= gpu.num_sms:

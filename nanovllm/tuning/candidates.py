@@ -19,7 +19,8 @@ MIN_TILE_ROWS = 16  # below, panels, which hold the same weights without padding
 MAX_TILE_ROWS = 64  # above, a few large tiles are tried, mostly to show that cuBLAS is better
 MAX_UNROLLED = 32  # chunks of a row in a panel: compile time grows with their square, 64 take a quarter of a minute
 MAX_ROWS = 128  # above, nothing is tried: the product is bound by arithmetic, and large tiles lost at 128 (H200)
-MAX_TUNED_GEMV_ROWS = 2  # of 16-bit numbers; for more of them panels won everywhere (H100, 2026-11-26)
+MAX_TUNED_GEMV_ROWS = 4  # of 16-bit numbers, alone; for more of them panels won everywhere (H100, 2026-11-26)
+MAX_DEPENDENT_GEMV_ROWS = 2  # likewise as dependents
 _Blocks = tuple[int, int, int, int]  # block_n, block_k, warps, stages
 _LARGE_TILES = ((64, 128, 64, 4, 4), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4))
 # Of some 40 pairs, and of the tiles that had been best alone, those that were best somewhere or within 1 % of it (the
@@ -55,7 +56,9 @@ def candidates(problem: Problem, gpu: Gpu) -> list[FusionConfig]:
     elif MAX_TILE_ROWS < m <= MAX_ROWS:
         found += [FusionConfig("tile", *blocks) for blocks in _LARGE_TILES]
     if gpu.pdl and m <= MAX_TILE_ROWS:
-        found += [dataclasses.replace(config, launch_pdl=True) for config in found]
+        few = size == 4 or m <= MAX_DEPENDENT_GEMV_ROWS
+        alike = [config for config in found if few or config.variant != "gemv"]
+        found += [dataclasses.replace(config, launch_pdl=True) for config in alike]
         late = [config for config in found if config.launch_pdl and config.variant == "panel"]
         found += [dataclasses.replace(config, late_trigger=True) for config in late]
     return [config for config in dict.fromkeys(found) if not config.faults(problem, gpu)]
