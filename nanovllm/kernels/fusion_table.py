@@ -31,7 +31,7 @@ VARIABLE = "NANOVLLM_TUNED"
 class TunedRow:
     """One measurement: the fastest configuration of a problem, its time and that of norm + linear (µs).
 
-    `dependent`: the fastest dependent launch, or "unfused"; None where none was measured.
+    `dependent`: the fastest where dependent launches are allowed; None where none was measured.
     """
 
     problem: Problem
