@@ -325,6 +325,7 @@ def test_weights_rotate() -> None:
     assert len(operands.weights) == 10
     assert len({weight.data_ptr() for weight in operands.weights}) == 10
     assert all(torch.equal(weight, operands.weights[0]) for weight in operands.weights)
+    assert [len(Operands(SMALL.problem, CPU, rotate_bytes=size).weights) for size in (0, 1)] == [1, 2]
     assert calls_for(Problem(1, 4096, 1024), 22, 400) == 22 * 6  # 2.8 us a call
     assert calls_for(Problem(8192, 24576, 4096), 1, 400) == 1
 

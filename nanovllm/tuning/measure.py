@@ -96,7 +96,8 @@ class Operands:
         weight = torch.empty(problem.weight_rows, problem.k, dtype=dtype, device=device)
         for part in weight.split(16384):  # a vocabulary in float32 at once would need as much again twice
             part.copy_(normal(*part.shape) / problem.k**0.5)
-        copies = max(1, cdiv(rotate_bytes, weight.numel() * weight.element_size()))
+        # Two at least: the next call of a dependent begins while this one ends, and must not find its own last bytes.
+        copies = max(2 if rotate_bytes else 1, cdiv(rotate_bytes, weight.numel() * weight.element_size()))
         self.weights = [weight, *(weight.clone() for _ in range(copies - 1))]
         self.sample = torch.linspace(0, problem.m - 1, min(problem.m, GATED_ROWS), device=device).long()
 
