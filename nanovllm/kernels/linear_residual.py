@@ -28,7 +28,9 @@ def linear_residual(
     """
     if config.variant == "unfused" or not use_triton(x):
         return _add_linear_(x, weight, residual, bias)
-    require_unit_stride(x=x, weight=weight, residual=residual)
+    require_unit_stride(x=x, weight=weight)
+    if not residual.is_contiguous():
+        raise ValueError(f"residual must be contiguous, it is written in place: got strides {residual.stride()}")
     problem = Problem(x.shape[0], weight.shape[0], x.shape[1], dtype_name(x.dtype))
     return launch(problem, config, x, weight, None, 0.0, bias, residual, norm=False, out=residual)
 

@@ -337,7 +337,10 @@ def _operator(
     problem = _problem(x, weight, activation)
     if not problem.m * problem.n:
         return x.new_empty((*x.shape[:-1], problem.n))
-    if not use_triton(x) or _unsupported(x, weight, norm_weight, bias, residual):
+    reasons = _unsupported(x, weight, norm_weight, bias, residual)
+    if reasons and use_triton(x) and config not in (None, "unfused"):
+        raise ValueError(f"config {config} cannot run {problem}: {'; '.join(reasons)}")
+    if reasons or not use_triton(x):
         return reference.rms_norm_linear(x, weight, norm_weight, eps, bias, residual, activation)
     chosen = _config(problem, x.device, config, weights_ready)
     if chosen.variant == "unfused":

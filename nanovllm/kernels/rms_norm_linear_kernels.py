@@ -116,7 +116,7 @@ def gemv_kernel(
     HELD: tl.constexpr = M * CHUNKS if AHEAD == CHUNKS else AHEAD
     values, streams = (), ()
     for j in tl.static_range(HELD):
-        row = x + (j // CHUNKS) * x_stride + column
+        row = x + tl.full((), j // CHUNKS, tl.int64) * x_stride + column
         values = values + (_load_chunk(row, column, (j % CHUNKS) * BLOCK_K, K, BLOCK_K, False),)  # type: ignore[assignment]
     for m in tl.static_range(M):
         if residual is not None:
