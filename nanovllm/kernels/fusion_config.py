@@ -59,8 +59,10 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class FusionConfig:
-    """One way to run the operator, as text "unfused", "gemv/16/256/8", "panel/8/16/1024/4" or "tile/16/64/128/4/5".
+    """One way to run the operator, as text "unfused" or the fields that its variant uses, in their order.
 
+    "gemv/16/256/8", "panel/8/16/1024/4", "tile/16/64/128/4/5", "pair/32/64/128/4/4"; a dependent launch ends in "/pdl",
+    one with a late trigger (gemv and panel) in "/late".
     gemv: each warp holds `block_n` / `num_warps` weight rows in registers, in chunks of `block_k` columns.
     panel: the same on tensor cores, for at most `block_m` rows of x; `block_k` columns of the weight are in flight, of
     which each warp multiplies 32 in every 32 * `num_warps`.

@@ -24,7 +24,8 @@ def linear_residual(
 ) -> torch.Tensor:
     """x: [M, K], rows may be strided; weight: [N, K]; residual: [M, N], contiguous; bias: [N]. All of one dtype.
 
-    Adds to `residual` in place and returns it. config: "unfused" is one cuBLAS call, whose epilogue adds.
+    Adds to `residual` in place and returns it. config: "unfused" is one cuBLAS call, whose epilogue adds; a bias is
+    added, and rounded, before it. ValueError for tensors that the kernels cannot read or write in place.
     """
     if config.variant == "unfused" or not use_triton(x):
         return _add_linear_(x, weight, residual, bias)
