@@ -149,6 +149,26 @@ def test_a_late_trigger_without_a_dependent_launch_is_refused() -> None:
         FusionConfig("gemv", 0, 8, 64, 4, late_trigger=True)
 
 
+@pytest.mark.parametrize(
+    ("text", "k", "stride", "first", "expected"),
+    [
+        ("pair/32/64/128/4/4/pdl", 1024, 1024, 0, (384, 2)),  # what its loop begins with, two threads a row
+        ("tile/64/32/128/4/5/pdl", 1024, 1024, 0, (512, 4)),
+        ("tile/64/32/128/4/5/pdl", 256, 1024, 8, (256, 4)),  # not beyond the row, where its buffer goes on
+        ("tile/64/128/64/4/1/pdl", 1024, 1024, 0, (64, 1)),
+        ("pair/32/64/128/4/4", 1024, 1024, 0, (0, 1)),  # its tile waits for a norm only
+        ("pair/32/64/128/4/4/pdl", 1024, 1032, 1, (0, 1)),  # no row begins at a multiple of 16 bytes
+        ("pair/32/64/128/4/4/pdl", 1024, 1025, 0, (0, 1)),  # the second does not
+        ("pair/32/64/128/4/4/pdl", 328, 328, 0, (0, 1)),  # the second piece of a row would not
+    ],
+)
+def test_a_dependent_tile_brings_aligned_pieces_of_its_own_rows(
+    text: str, k: int, stride: int, first: int, expected: tuple[int, int]
+) -> None:
+    weight = torch.empty(64 * stride, dtype=torch.bfloat16).as_strided((63, k), (stride, 1), first)
+    assert rms_norm_linear_fusion._prefetch(Problem(32, 63, k), FusionConfig.parse(text), weight) == expected
+
+
 def test_bytes_moved() -> None:
     qkv = Problem(1, 4096, 1024)
     assert qkv.bytes_moved() == 2 * (4096 * 1024 + 1024 + 4096)
