@@ -9,6 +9,7 @@ One rounding too many hides in that budget if it is the same for a whole row: `s
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -21,6 +22,7 @@ from nanovllm.kernels.fusion_config import FusionConfig, Problem
 from nanovllm.kernels.fusion_table import TABLES, load_table, table_name
 from nanovllm.kernels.jit import gpu_of
 from nanovllm.kernels.launch_config import Gpu
+from nanovllm.kernels.linear_residual import linear_residual
 from nanovllm.kernels.norm import rms_norm
 from nanovllm.kernels.rms_norm_linear_fusion import rms_norm_linear, why_not
 
@@ -400,6 +402,45 @@ def test_a_config_that_cannot_run_is_refused() -> None:
     for text, sentence in (("gemv/4/64/1", "at most 8 rows"), ("pair/16/16/32/4/2/pdl", "Hopper or later")):
         with pytest.raises(ValueError, match=f"{text} cannot run .*{sentence}"):
             rms_norm_linear(torch.ones(9, 64), torch.ones(4, 64), None, EPS, config=FusionConfig.parse(text))
+
+
+@pytest.mark.interpret
+def test_a_config_never_gives_way_to_the_reference_body() -> None:
+    """Operands that no kernel reads take it only where nobody asked for a kernel."""
+    gemv, unfused = map(FusionConfig.parse, ("gemv/4/64/1", "unfused"))
+    x, weight = torch.randn(2, 64), torch.randn(64, 4).t()
+    for operands, reason in (((x, weight), "weight is not contiguous"), ((x.double(), weight.double()), "float64")):
+        with pytest.raises(ValueError, match=f"{gemv} cannot run .*{reason}"):
+            rms_norm_linear(*operands, None, EPS, config=gemv)
+        y = rms_norm_linear(*operands, None, EPS)
+        assert torch.equal(rms_norm_linear(*operands, None, EPS, config=unfused), y)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("config", ["gemv/4/64/1", "tile/16/16/32/2/2"])
+def test_a_stream_with_gaps_is_not_added_to(config: str) -> None:
+    """The rows of the result stand one behind the other: in a wider buffer they would overwrite their neighbours."""
+    x, weight, wide = torch.randn(3, 64), torch.randn(8, 64), torch.randn(3, 16)
+    with pytest.raises(ValueError, match="residual must be contiguous"):
+        linear_residual(x, weight, wide[:, :8], config=FusionConfig.parse(config))
+    expected = wide[:1, :8] + x[:1] @ weight.T  # a lone row has no gaps
+    linear_residual(x[:1], weight, wide[:1, :8], config=FusionConfig.parse(config))
+    torch.testing.assert_close(wide[:1, :8], expected)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("config", ["gemv/4/64/1", "panel/8/16/64/2", "tile/16/16/32/2/2", "pair/16/16/32/2/2"])
+def test_rows_more_than_two_billion_elements_apart(config: str, tmp_path: Path) -> None:
+    """The last tokens of a batch of long sequences, in a sparse file; 32 bits would lead in front of them."""
+    k, stride, before = 64, 2**29 + 8, 2**31
+    buffer = torch.from_file(str(tmp_path / "x"), shared=True, size=before + 4 * stride + k, dtype=F16)
+    x = buffer.as_strided((5, k), (stride, 1), before)
+    x.copy_(torch.randn(5, k))
+    given = arguments(Case((5,), 16, k, "gamma", config), F16, "cpu")
+    weight, gamma = given.positional[1:3]
+    y = rms_norm_linear(x, weight, gamma, EPS, config=FusionConfig.parse(config))
+    operands = x.clone(), weight, gamma, None, None, False
+    judge(y, truth_of(*operands), torch_of(*operands))
 
 
 @pytest.mark.interpret

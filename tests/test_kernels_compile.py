@@ -40,7 +40,8 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 
 CONSUMER = Gpu(num_sms=82, shared_memory=99 * 1024)
 DEPENDENT = Gpu(num_sms=132, shared_memory=227 * 1024, pdl=True)
-TARGETS = {"h100": (H100, 90), "consumer": (CONSUMER, 86), "dependent": (DEPENDENT, 90)}
+BLACKWELL = Gpu(num_sms=170, shared_memory=99 * 1024, pdl=True)  # consumers': dependents, and little shared memory
+TARGETS = {"h100": (H100, 90), "consumer": (CONSUMER, 86), "dependent": (DEPENDENT, 90), "blackwell": (BLACKWELL, 120)}
 # What sampling reads the kernel before it has written, and between steps the stream orders everything.
 SAMPLING = {"_summary_kernel", "_threshold_kernel", "_chunk_kernel", "_pick_kernel"}
 FIRST_OF_A_STEP, LAST_OF_A_STEP = {"_embed_kernel"}, {"_pick_kernel"}
@@ -206,6 +207,7 @@ def test_attention(compiled: list[str], case: tuple) -> None:
         ("dependent", 16, ["panel_kernel"]),
         ("consumer", 1, ["gemv_kernel"]),
         ("consumer", 16, ["panel_kernel"]),
+        ("blackwell", 16, ["panel_kernel"]),
     ],
     indirect=["compiled"],
 )
@@ -230,14 +232,15 @@ def test_linears_of_the_decode_chain(
     assert len(compiled) == 4
 
 
-@pytest.mark.parametrize("compiled", ["dependent"], indirect=True)
+@pytest.mark.parametrize("compiled", ["dependent", "blackwell"], indirect=True)
 @pytest.mark.parametrize("rows", [17, 33, 64])
 @pytest.mark.parametrize("pdl", [True, False])
-def test_pairs(compiled: list[str], rows: int, pdl: bool) -> None:
+def test_pairs(compiled: list[str], request: pytest.FixtureRequest, rows: int, pdl: bool) -> None:
     """A norm that lets its tile start, itself a dependent or not, with and without gamma; and the tile alone."""
+    gpu = TARGETS[request.node.callspec.params["compiled"]][0]
     for n, k, swiglu in ((4096, 1024, False), (3072, 1024, True)):
         problem = Problem(rows, n, k, "bfloat16", swiglu)
-        config = dataclasses.replace(linear_config(problem, DEPENDENT), launch_pdl=pdl)
+        config = dataclasses.replace(linear_config(problem, gpu), launch_pdl=pdl)
         assert config.variant == "pair"
         x, weight = torch.zeros(rows, k, dtype=BF16), torch.zeros(problem.weight_rows, k, dtype=BF16)
         for gamma in (torch.ones(k, dtype=BF16), None):
@@ -277,6 +280,8 @@ CHAIN_ATTENTION = [
     ("consumer", (14, 2, 64, 32, None, 3, 4096), False),
     ("consumer", (32, 8, 128, 32, None, 10, 40960), True),
     ("consumer", (32, 8, 128, 32, None, 16, 512), True),
+    ("blackwell", (16, 8, 128, 32, None, 1, 40960), False),
+    ("blackwell", (16, 8, 128, 32, None, 64, 4096), True),
 ]
 
 

@@ -6,8 +6,8 @@ heuristic are those that were fastest in the chain; what is decided here is who 
 
 Above MAX_FUSED_ROWS the norm is a kernel of its own again, with a tile behind it that has asked for its weights by
 then, and cuBLAS adds the output and down projections to the stream. A layer of Qwen3-0.6B at 256 keys, us, 24 / 32 / 48
-/ 64 rows: 41.0 / 43.7 / 52.9 / 57.5 with wide tiles for QKV; narrow ones, which it takes, were 0.1 to 2.3 us faster in
-the same turns. With norm and cuBLAS everywhere 32 rows take 49.2 and 64 take 65.2 (2026-11-26).
+/ 64 rows: 41.0 / 43.7 / 52.9 / 57.5 with wide tiles for QKV; narrow ones, which it takes, were 0.1 to 2.3 us faster,
+in turns that had tiles for cuBLAS. With norm and cuBLAS everywhere 32 rows take 49.2 and 64 take 65.2 (2026-11-26).
 
 Measured in the chain itself (H100, Triton 3.6.0, bf16, CUDA graphs, 2026-11-25). Pure: no torch, no triton.
 """

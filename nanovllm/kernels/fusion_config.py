@@ -16,6 +16,7 @@ MAX_GEMV_ROWS = 8
 MAX_PANEL_ROWS = 16
 MAX_PAIR_ROWS = 64  # above it, only a measurement may say that a norm and a dependent tile pay
 MAX_CHUNKS = 160  # of a row, in the unrolled loops of gemv and panel: compile time grows with it
+MAX_GRID_Y = 65535  # blocks of rows of a tile: CUDA's limit
 MAX_GUESSED_ROWS = 16  # above it, only a measurement may say that fusion pays
 MAX_FLOAT32_ROWS = 4
 EARLY_ROWS = 8  # dependents: above it x itself is large, and would travel behind the next kernel's weights
@@ -58,8 +59,10 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class FusionConfig:
-    """One way to run the operator, as text "unfused", "gemv/16/256/8", "panel/8/16/1024/4" or "tile/16/64/128/4/5".
+    """One way to run the operator, as text "unfused" or the fields that its variant uses, in their order.
 
+    "gemv/16/256/8", "panel/8/16/1024/4", "tile/16/64/128/4/5", "pair/32/64/128/4/4"; a dependent launch ends in "/pdl",
+    one with a late trigger (gemv and panel) in "/late".
     gemv: each warp holds `block_n` / `num_warps` weight rows in registers, in chunks of `block_k` columns.
     panel: the same on tensor cores, for at most `block_m` rows of x; `block_k` columns of the weight are in flight, of
     which each warp multiplies 32 in every 32 * `num_warps`.
@@ -81,6 +84,10 @@ class FusionConfig:
     num_stages: int = 1
     launch_pdl: bool = False
     late_trigger: bool = False
+
+    def __post_init__(self) -> None:
+        if self.late_trigger and not self.launch_pdl:  # it has no text, and the operator would never hear of it
+            raise ValueError("late_trigger is for dependent launches: set launch_pdl as well")
 
     def __str__(self) -> str:
         numbers: tuple[int, ...] = ()
@@ -133,7 +140,7 @@ class FusionConfig:
         found = [f"{name}={v} is no power of two" for name, v in blocks.items() if v < 1 or v & (v - 1)]
         if self.num_warps > 32:
             found.append(f"num_warps={self.num_warps} is more than 32")
-        if self.late_trigger and (self.variant in ("tile", "pair") or not self.launch_pdl):
+        if self.late_trigger and self.variant in ("tile", "pair"):
             found.append("late_trigger is for dependent launches of gemv and panel")
         if self.launch_pdl and not gpu.pdl:
             found.append("launch_pdl needs a GPU that launches dependents: Hopper or later, with Triton 3.6")
@@ -164,6 +171,8 @@ class FusionConfig:
         buffers = self.num_stages * (self.block_n + self.block_m) * self.block_k * problem.element_size
         if buffers > gpu.shared_memory:
             found.append(f"{buffers} bytes of tiles exceed the {gpu.shared_memory} of shared memory")
+        if problem.m > MAX_GRID_Y * self.block_m:
+            found.append(f"a grid has at most {MAX_GRID_Y:,} blocks of {self.block_m} rows, x has {problem.m}")
         return found
 
     def _panel_faults(self, problem: Problem, gpu: Gpu) -> list[str]:

@@ -89,7 +89,7 @@ def lookup(problem: Problem, rows: tuple[TunedRow, ...], *, dependent: bool = Fa
     """The row of this weight measured at the smallest M that is not below ours; None without one.
 
     A weight of another shape takes the row of the nearest one (in log N and log K, at most a factor of 2 away) of
-    the same dtype and activation.
+    the same dtype and activation. `dependent`: only rows that have a configuration for dependents count, with that one.
     """
     alike = [r for r in rows if (r.problem.dtype, r.problem.swiglu) == (problem.dtype, problem.swiglu)]
     alike = [r for r in alike if not dependent or r.dependent is not None]

@@ -24,11 +24,14 @@ def linear_residual(
 ) -> torch.Tensor:
     """x: [M, K], rows may be strided; weight: [N, K]; residual: [M, N], contiguous; bias: [N]. All of one dtype.
 
-    Adds to `residual` in place and returns it. config: "unfused" is one cuBLAS call, whose epilogue adds.
+    Adds to `residual` in place and returns it. config: "unfused" is one cuBLAS call, whose epilogue adds; a bias is
+    added, and rounded, before it. ValueError for tensors that the kernels cannot read or write in place.
     """
     if config.variant == "unfused" or not use_triton(x):
         return _add_linear_(x, weight, residual, bias)
-    require_unit_stride(x=x, weight=weight, residual=residual)
+    require_unit_stride(x=x, weight=weight)
+    if not residual.is_contiguous():
+        raise ValueError(f"residual must be contiguous, it is written in place: got strides {residual.stride()}")
     problem = Problem(x.shape[0], weight.shape[0], x.shape[1], dtype_name(x.dtype))
     return launch(problem, config, x, weight, None, 0.0, bias, residual, norm=False, out=residual)
 

@@ -11,9 +11,10 @@ on their way before anything is known about x, and the normalised x never exists
 W is packed [2 N, K], gate rows first, and y = silu(gate) * up + residual. The algebra is FlashNorm's (arXiv
 2407.09577), the operator Mirage's first example (arXiv 2405.05751).
 
-Cast order: products, squares, bias, activation and residual in float32; one rounding, of the result. The tensor-core
-kernel also rounds gamma * x to x's dtype, for the products take their operands in it; float16 cannot hold gamma * x of
-an outlier channel, so there the row is scaled before (`FIRST`), as PyTorch's own order does. Float32 is IEEE: no TF32.
+Cast order: products, squares, bias, activation and residual in float32; one rounding, of the result. Panel and tile
+also round gamma * x to x's dtype, for tensor cores take their operands in it; float16 cannot hold gamma * x of an
+outlier channel, so there the row is scaled before (`FIRST`). The norm of a pair rounds as PyTorch's does, the
+normalised row and its product with gamma; the rest is the tile's. Float32 is IEEE: no TF32.
 PyTorch rounds the normalised row, its product with gamma and the output of every operator: the reference body does so
 too, is slightly less exact, and not equal bit for bit.
 
@@ -100,7 +101,7 @@ def why_not(
     weights_ready: bool = False,
     subtracts_mean: bool = False,
 ) -> list[str]:
-    """Reasons why this call would not run a fused kernel; [] means that it would.
+    """Reasons why this call would not run a kernel of this module, a pair's two included; [] means that it would.
 
     Arguments as in `rms_norm_linear`, and its ValueError becomes a reason. `subtracts_mean`: the norm is a LayerNorm.
     Only metadata is read: meta tensors do, except that they are "not on a CUDA device".
@@ -211,15 +212,10 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
-def policy(problem: Problem, device: torch.device, *, dependent: bool = False) -> FusionConfig:
-    """What runs `problem` on `device`: measured if possible, guessed otherwise."""
-    return choose(problem, _device_name(device), gpu_of(device), dependent=dependent)
-
-
 def _config(problem: Problem, device: torch.device, text: str | None, weights_ready: bool) -> FusionConfig:
     """The configuration to run: the caller's, which must fit, or the policy's."""
     if text is None:
-        return policy(problem, device, dependent=weights_ready)
+        return choose(problem, _device_name(device), gpu_of(device), dependent=weights_ready)
     config = FusionConfig.parse(text)
     if faults := config.faults(problem, gpu_of(device)):
         raise ValueError(f"config {config} cannot run {problem}: {'; '.join(faults)}")
@@ -337,7 +333,10 @@ def _operator(
     problem = _problem(x, weight, activation)
     if not problem.m * problem.n:
         return x.new_empty((*x.shape[:-1], problem.n))
-    if not use_triton(x) or _unsupported(x, weight, norm_weight, bias, residual):
+    reasons = _unsupported(x, weight, norm_weight, bias, residual)
+    if reasons and use_triton(x) and config not in (None, "unfused"):
+        raise ValueError(f"config {config} cannot run {problem}: {'; '.join(reasons)}")
+    if reasons or not use_triton(x):
         return reference.rms_norm_linear(x, weight, norm_weight, eps, bias, residual, activation)
     chosen = _config(problem, x.device, config, weights_ready)
     if chosen.variant == "unfused":

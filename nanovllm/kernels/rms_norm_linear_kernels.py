@@ -42,7 +42,10 @@ def _weight_rows(place, N, BLOCK_N: tl.constexpr, SWIGLU: tl.constexpr):
 
 @jit()
 def _load_residual(residual, row, M, N, residual_stride, OUTPUTS: tl.constexpr):
-    """This program's columns of the residual, [rows, OUTPUTS]. Asked for with x: behind a sum it would cost a wait."""
+    """This program's columns of the residual, [rows, OUTPUTS]; zeros for rows from M on.
+
+    Gemv and panel ask for it with x: behind a sum it would cost a wait.
+    """
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     inside = (row < M)[:, None] & (output < N)[None, :]
     return tl.load(residual + row[:, None] * residual_stride + output[None, :], mask=inside, other=0.0)
@@ -50,7 +53,7 @@ def _load_residual(residual, row, M, N, residual_stride, OUTPUTS: tl.constexpr):
 
 @jit()
 def _store(total, row, M, y, N, OUTPUTS: tl.constexpr):
-    """Store this program's OUTPUTS columns. total: float32 [rows, OUTPUTS]; row: int64, below M."""
+    """Store this program's OUTPUTS columns. total: float32 [rows, OUTPUTS]; row: int64, not stored from M on."""
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     inside = (row < M)[:, None] & (output < N)[None, :]
     tl.store(y + row[:, None] * N + output[None, :], total.to(y.dtype.element_ty), mask=inside)
@@ -116,7 +119,7 @@ def gemv_kernel(
     HELD: tl.constexpr = M * CHUNKS if AHEAD == CHUNKS else AHEAD
     values, streams = (), ()
     for j in tl.static_range(HELD):
-        row = x + (j // CHUNKS) * x_stride + column
+        row = x + tl.full((), j // CHUNKS, tl.int64) * x_stride + column
         values = values + (_load_chunk(row, column, (j % CHUNKS) * BLOCK_K, K, BLOCK_K, False),)  # type: ignore[assignment]
     for m in tl.static_range(M):
         if residual is not None:

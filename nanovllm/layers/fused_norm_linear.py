@@ -2,8 +2,9 @@
 
 A decoder layer of a step of few rows is `norm_linear` (RMSNorm + QKV), rope and attention, `linear_residual_` (output
 projection), `norm_linear` (RMSNorm + gate, up and SwiGLU) and `linear_residual_` (down): five kernels, and one more
-where attention has splits to merge. The residual stream is the only thing that goes from layer to layer. Which steps
-take this way is the runner's decision; `why_not_fused` says where it cannot be taken at all.
+where attention has splits to merge. Above 16 rows each `norm_linear` is two kernels, a norm and a tile or a GEMM
+(`chain_config`). The residual stream is the only thing that goes from layer to layer. Which steps take this way is the
+runner's decision; `why_not_fused` says where it cannot be taken at all.
 """
 
 from __future__ import annotations

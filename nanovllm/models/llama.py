@@ -147,7 +147,10 @@ class LlamaDecoderLayer(nn.Module):
         cache: tuple[torch.Tensor, torch.Tensor],
         batch: ForwardBatch,
     ) -> torch.Tensor:
-        """A decode step on the GPU, in five kernels or six; x [B, hidden], the residual stream, is updated in place."""
+        """A decode step on the GPU, in five kernels or six; of more than 16 rows in seven or more.
+
+        x [B, hidden], the residual stream, is updated in place.
+        """
         return self.chain(x, partial(self.self_attn.decode, table=table, cache=cache, batch=batch))
 
     def chain(

@@ -1,8 +1,8 @@
 """Which configurations are worth a measurement, and which problem compiles them most cheaply. Pure.
 
-Few enough that a case takes about a second, and chosen by what decides here: bytes of weight in flight. A memory of
-3.35 TB/s and some 700 ns of latency (H100) needs 2.3 MB on the way, 18 KB an SM, and as much again to hide the
-arithmetic; more than that only costs occupancy.
+Few enough that a case takes about a second. Gemvs and panels are chosen by what decides there, bytes of weight in
+flight: a memory of 3.35 TB/s and some 700 ns of latency (H100) needs 2.3 MB on the way, 18 KB an SM, and as much again
+to hide the arithmetic; more than that only costs occupancy. Tiles and pairs are those that won in trials.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def candidates(problem: Problem, gpu: Gpu) -> list[FusionConfig]:
     if size == 2 and 1 < m <= MAX_PANEL_ROWS:
         found += _panels(problem)
     if MIN_TILE_ROWS <= m <= MAX_TILE_ROWS:
-        found += _blocked("tile", _TILES, max(16, next_power_of_2(m)), problem, gpu)
+        block_m = next_power_of_2(m)
+        found += _blocked("tile", _TILES, block_m, problem, gpu)
         if gpu.pdl and size == 2:
-            block_m = max(16, next_power_of_2(m))
             found += _blocked("pair", _PAIRS, block_m, problem, gpu)
-            found += _blocked("pair", _NARROW_PAIRS, max(block_m, 64), problem, gpu)
+            found += _blocked("pair", _NARROW_PAIRS, 64, problem, gpu)
     elif MAX_TILE_ROWS < m <= MAX_ROWS:
         found += [FusionConfig("tile", *blocks) for blocks in _LARGE_TILES]
     if gpu.pdl and m <= MAX_TILE_ROWS:
@@ -113,6 +113,7 @@ def kernel_of(problem: Problem, config: FusionConfig) -> Kernel:
     """What `problem` compiles for `config`; problems with equal answers share the kernel.
 
     A GEMV is specialised for M and K, a panel for K, a tile only for whether its columns divide K; none for N.
+    The norm of a pair is not counted: it is small, and compiles for each K while it is measured.
     """
     m, k = problem.m, problem.k
     if config.variant != "gemv":

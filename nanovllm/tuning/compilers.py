@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import TimeoutError as OutOfTime  # not the built-in one before Python 3.11
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Any
@@ -84,7 +85,7 @@ class Compilers:
                 done(futures[future])
                 if message := future.result():
                     failed[futures[future]] = message
-        except TimeoutError:
+        except OutOfTime:
             for future in futures:
                 future.cancel()
         except BrokenProcessPool as error:
