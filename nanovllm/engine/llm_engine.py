@@ -301,7 +301,7 @@ class LLMEngine:
         if isinstance(prompt, dict):
             unknown = set(prompt) - {"prompt", "prompt_token_ids"}
             if unknown or not prompt:
-                raise ValueError(f'a prompt dictionary has "prompt" or "prompt_token_ids", got {sorted(prompt)}')
+                raise ValueError(f'a prompt dictionary has "prompt" or "prompt_token_ids", got {list(prompt)}')
             text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
             prompt = text if token_ids is None else token_ids
         if isinstance(prompt, str):
