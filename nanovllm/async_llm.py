@@ -8,6 +8,7 @@ step takes: they leave their wishes in an inbox that the thread empties between 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import threading
 from collections import deque
@@ -16,7 +17,7 @@ from typing import Any
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.request import Request
+from nanovllm.engine.request import Request, check_request_id
 from nanovllm.llm import Message, Prompt
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -34,6 +35,7 @@ class AsyncLLM:
         self._closing = False
         self._thread = threading.Thread(target=self._serve, name="nanovllm-engine", daemon=True)
         self._thread.start()
+        atexit.register(self._stop)  # the interpreter would end the thread inside a kernel, and the process with it
 
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
@@ -67,7 +69,8 @@ class AsyncLLM:
         return self.generate(prompt, sampling_params, request_id)
 
     async def abort(self, request_id: str) -> None:
-        """Stop one request; its stream ends with `finish_reason == "abort"`."""
+        """Stop one request; its stream ends with `finish_reason == "abort"`. Does nothing if it has ended already."""
+        check_request_id(request_id)
         self._tell_abort(request_id)
 
     async def close(self) -> None:
@@ -75,14 +78,19 @@ class AsyncLLM:
         if self._closing:
             return
         self._closing = True
-        self._wake.set()
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._stop)
+        atexit.unregister(self._stop)
 
     async def __aenter__(self) -> AsyncLLM:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
+
+    def _stop(self) -> None:
+        self._closing = True
+        self._wake.set()
+        self._thread.join()
 
     def _serve(self) -> None:
         try:

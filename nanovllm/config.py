@@ -156,6 +156,14 @@ class EngineConfig:
         for name in (option.name for option in fields(self) if isinstance(option.default, bool)):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("tokenizer", "chat_template"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"{name} must be a string that is not empty, got {value!r}")
+            if self.skip_tokenizer_init:
+                raise ValueError(f"{name} has no use with skip_tokenizer_init=True: leave out one of the two")
         if self.max_num_batched_tokens is not None and self.max_num_seqs > self.max_num_batched_tokens:
             raise ValueError(
                 f"max_num_seqs ({self.max_num_seqs}) exceeds max_num_batched_tokens ({self.max_num_batched_tokens}): "

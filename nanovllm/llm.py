@@ -146,7 +146,7 @@ def _is_single(prompts: Any) -> bool:
     """A string, a dictionary or a flat list (array, tensor) of token ids is one prompt."""
     if isinstance(prompts, (str, dict)) or getattr(prompts, "ndim", None) == 1:
         return True
-    if not hasattr(prompts, "__len__"):
+    if not hasattr(prompts, "__len__") or not hasattr(prompts, "__getitem__") or getattr(prompts, "ndim", None) == 0:
         raise TypeError(f"prompts must be a string, token ids, or a list of these, got {type(prompts).__name__}")
     return len(prompts) > 0 and not isinstance(prompts[0], (str, dict)) and not hasattr(prompts[0], "__len__")
 

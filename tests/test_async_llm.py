@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from collections.abc import Coroutine
 from types import SimpleNamespace
@@ -44,6 +46,33 @@ def test_an_id_in_use_does_not_touch_its_owner(model: str) -> None:
             assert outputs[-1].outputs[0].finish_reason == "length"
 
     run(main())
+
+
+@pytest.mark.parametrize("request_id", [["mine"], 5])
+def test_an_id_that_is_no_string_is_refused_and_hurts_nobody(model: str, request_id: Any) -> None:
+    async def main() -> None:
+        async with AsyncLLM(model, **SMALL, show_progress=False) as llm:
+            running = asyncio.create_task(last(llm, "running"))
+            await asyncio.sleep(0)
+            with pytest.raises(TypeError, match="request_id must be a string"):
+                await llm.abort(request_id)
+            with pytest.raises(TypeError, match="request_id must be a string"):
+                await last(llm, request_id)
+            assert (await running).outputs[0].finish_reason == "length"
+
+    run(main())
+
+
+def test_a_program_may_end_without_close(model: str) -> None:
+    """A thread that the interpreter ends inside a kernel takes the process with it: "terminate called", status 134."""
+    program = """
+import atexit, sys
+atexit.register(lambda: print(llm._thread.is_alive()))  # runs after what was registered later
+from nanovllm import AsyncLLM
+llm = AsyncLLM(sys.argv[1], max_model_len=128, show_progress=False)
+"""
+    done = subprocess.run([sys.executable, "-c", program, model], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
 def test_cancelled_before_and_while_running(model: str) -> None:

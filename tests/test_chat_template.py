@@ -11,7 +11,7 @@ from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
 from nanovllm.loader import resolve_model
-from nanovllm.loader.chat_template import ChatTemplate
+from nanovllm.loader.chat_template import ChatTemplate, read_chat_template
 from nanovllm.loader.tokenizer import Tokenizer
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -147,3 +147,15 @@ def test_templates_run_in_a_sandbox(attack: str) -> None:
     with pytest.raises(ValueError, match="cannot render"):
         ChatTemplate(attack + "{{ undefined.attribute }}").render(messages)
     assert messages == MESSAGES
+
+
+@pytest.mark.parametrize("text", ["{{ 1 / 0 }}", "{% for i in range(10**9) %}{% endfor %}", "{{ 'x' * 10**15 }}"])
+def test_whatever_a_template_raises_is_one_sentence(text: str) -> None:
+    with pytest.raises(ValueError, match="the chat template cannot render these messages"):
+        ChatTemplate(text).render([{"role": "user", "content": "Hi"}])
+
+
+@pytest.mark.parametrize("configured", [5, [5], [{"name": "default"}], {"default": 5}])
+def test_a_configured_template_that_is_none(configured: Any) -> None:
+    with pytest.raises(ValueError, match="the model's chat_template is no text"):
+        read_chat_template(None, None, configured)

@@ -26,3 +26,18 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
     assert (ended.value.code, capsys.readouterr().out) == (0, f"nanovllm {nanovllm.__version__}\n")
+
+
+def test_letters_that_a_terminal_lacks_are_no_error() -> None:
+    command = [sys.executable, "-m", "nanovllm", "inspect", "smollm2"]  # prints an arrow
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "") and "RMSNorm\\u2192Linear" in done.stdout
+
+
+def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def missing(model: str, **options: object) -> None:
+        raise ImportError("pip install transformers")
+
+    monkeypatch.setattr("nanovllm.loader.resolve_model", missing)
+    assert main(["inspect", "x"]) == 2
+    assert capsys.readouterr().err == "nanovllm: pip install transformers\n"

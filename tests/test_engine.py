@@ -183,6 +183,7 @@ def test_a_snapshot_that_says_finished_is_complete(llm: LLM, monkeypatch: pytest
         ([3, 1.5], GREEDY, TypeError, "1.5 is not an integer"),
         ("text", GREEDY, ValueError, "no tokenizer"),
         ({"promt": "x"}, GREEDY, ValueError, "prompt_token_ids"),
+        ({"promt": "x", 1: 2}, GREEDY, ValueError, "prompt_token_ids"),
         ([3], GREEDY.clone(stop="x"), ValueError, "stop strings need a tokenizer"),
         ([3], GREEDY.clone(logit_bias={500: 1.0}), ValueError, "logit_bias names token 500"),
         ([3], {"temperature": 0}, TypeError, "SamplingParams"),
@@ -196,7 +197,7 @@ def test_bad_requests_are_refused(llm: LLM, prompt: Any, params: Any, error: typ
     assert not llm.engine.has_unfinished
 
 
-@pytest.mark.parametrize("prompts", [None, 5, (p for p in PROMPTS)])
+@pytest.mark.parametrize("prompts", [None, 5, (p for p in PROMPTS), {"a set"}, torch.tensor(3)])
 def test_prompts_that_are_no_list(llm: LLM, prompts: Any) -> None:
     with pytest.raises(TypeError, match="prompts must be a string, token ids, or a list of these, got"):
         llm.generate(prompts, GREEDY, use_tqdm=False)
@@ -212,6 +213,11 @@ def test_arrays_and_tensors_are_token_ids(llm: LLM, expected: list[list[int]]) -
     [
         ({"enforce_eager": "no"}, "enforce_eager must be True or False, got 'no'"),
         ({"gpu_memory_utilization": "0.9"}, "gpu_memory_utilization must be in"),
+        ({"device": None}, "unknown device None: use auto, cpu, cuda or cuda:N"),
+        ({"tokenizer": ""}, "tokenizer must be a string that is not empty"),  # not the current directory
+        ({"chat_template": 5}, "chat_template must be a string"),
+        ({"tokenizer": "x", "skip_tokenizer_init": True}, "tokenizer has no use with skip_tokenizer_init=True"),
+        ({"chat_template": "{{x}}", "skip_tokenizer_init": True}, "chat_template has no use with"),
         ({"seed": "x"}, "seed must be an integer, got 'x'"),
     ],
 )
@@ -231,6 +237,11 @@ def test_prompt_larger_than_the_cache(model: str) -> None:
             small.generate([[3] * 40], GREEDY, use_tqdm=False)
         output = small.generate([[3] * 25], GREEDY.clone(max_tokens=50), use_tqdm=False)[0]
     assert output.outputs[0].finish_reason == "length" and len(output["token_ids"]) == 8
+
+
+def test_a_cache_larger_than_memory_is_one_sentence(model: str) -> None:
+    with pytest.raises(ValueError, match="KV blocks take .* GiB, more than cpu has left: lower num_kvcache_blocks"):
+        LLM(model, num_kvcache_blocks=10**12, show_progress=False)
 
 
 def test_unknown_keywords_name_the_nearest(model: str) -> None:

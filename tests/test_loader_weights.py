@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -175,6 +176,13 @@ def test_tensor_missing_from_its_shard(tmp_path: Path) -> None:
     index.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="model.lost.weight is not in"):
         read_all(resolve_model(str(tmp_path)))
+
+
+@pytest.mark.parametrize("content", [[], None, {"weight_map": 5}, {"weight_map": ["a"]}, {"weight_map": {"a": 5}}])
+def test_an_index_that_is_none(content: Any, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"index\.json is no index of shards .*fetch it again"):
+        list_tensors(tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.0001, 0.01, 0.6, 0.999])

@@ -13,7 +13,7 @@ from tiny_models import CASES, make_model, save_model
 from transformers import AutoConfig
 
 from nanovllm.config import ModelConfig
-from nanovllm.loader import load_generation_config, load_model_config, resolve_model
+from nanovllm.loader import ModelSource, load_generation_config, load_model_config, resolve_model
 from nanovllm.loader.model_config import parse_config
 
 LLAMA: dict[str, Any] = dict(
@@ -235,3 +235,16 @@ def test_model_type_stands_in_for_a_missing_architecture() -> None:
     for config in (LLAMA, QWEN2, QWEN3, MISTRAL):
         nameless = {key: value for key, value in config.items() if key != "architectures"}
         assert parse_config(nameless, "config.json") == parse_config(config, "config.json")
+
+
+@pytest.mark.parametrize("names", [5, True, "LlamaForCausalLM"])
+def test_architectures_that_are_no_list(names: Any) -> None:
+    with pytest.raises(ValueError, match="architectures is .*, but must be a list of names"):
+        parse_config({"architectures": names}, "config.json")
+
+
+@pytest.mark.parametrize("value", ["Infinity", "NaN"])
+def test_infinite_sampling_defaults_are_refused(value: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(f'{{"top_k": {value}}}')
+    with pytest.raises(ValueError, match="generation_config.json: top_k is .*, but must be a number, and finite"):
+        load_generation_config(ModelSource("hf", tmp_path, "x"))

@@ -42,6 +42,11 @@ STRINGS = [
 ]
 
 
+def test_the_alias_names_a_tokenizer_too() -> None:
+    other = ModelSource("hf", Path("elsewhere"), "elsewhere")
+    assert Tokenizer.from_source(other, "smollm2").encode("Hello") == Tokenizer.from_source(SOURCE).encode("Hello")
+
+
 @pytest.mark.parametrize("text", STRINGS)
 def test_smollm2_equals_hugging_face(text: str) -> None:
     expected = THEIRS.encode(text)

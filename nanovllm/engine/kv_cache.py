@@ -74,7 +74,7 @@ def allocate_kv_caches(
     """Zeroed (k, v) of shape [num_blocks, kv_heads, block_size, head_dim] for every layer.
 
     Zeroed, because a masked position still multiplies its V by a zero probability, and 0 · NaN is NaN. On the CPU the
-    zeros come from the operating system, page by page as they are first touched.
+    zeros come from the operating system, page by page as they are first touched. ValueError for what does not fit.
     """
     kv_heads = max(1, model.num_kv_heads // world_size)
     shape = (num_blocks, kv_heads, block_size, model.head_dim)
@@ -85,4 +85,11 @@ def allocate_kv_caches(
         size = num_blocks * kv_heads * block_size * model.head_dim * dtype.itemsize
         return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
 
-    return [(cache(), cache()) for _ in range(model.num_layers)]
+    try:
+        return [(cache(), cache()) for _ in range(model.num_layers)]
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        size = num_blocks * kv_block_bytes(model, block_size, dtype.itemsize, world_size)
+        raise ValueError(
+            f"{num_blocks} KV blocks take {size / 2**30:,.1f} GiB, more than {device} has left: lower "
+            "num_kvcache_blocks, kv_cache_memory_bytes or gpu_memory_utilization"
+        ) from error

@@ -26,7 +26,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_runner import LaunchedStep, ModelRunner, StepOutput
-from nanovllm.engine.request import Completion, Request
+from nanovllm.engine.request import Completion, Request, check_request_id
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence as EngineSequence
 from nanovllm.engine.staging import IN_FLIGHT
@@ -91,6 +91,8 @@ class LLMEngine:
         params = params if params is not None else SamplingParams()
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be a SamplingParams, got {type(params).__name__}")
+        if request_id is not None:
+            check_request_id(request_id)
         text, token_ids = self._tokenize(prompt)
         vocab_size = self.model_config.vocab_size
         bad = next((t for t in token_ids if not 0 <= t < vocab_size), None)
@@ -299,7 +301,7 @@ class LLMEngine:
         if isinstance(prompt, dict):
             unknown = set(prompt) - {"prompt", "prompt_token_ids"}
             if unknown or not prompt:
-                raise ValueError(f'a prompt dictionary has "prompt" or "prompt_token_ids", got {sorted(prompt)}')
+                raise ValueError(f'a prompt dictionary has "prompt" or "prompt_token_ids", got {list(prompt)}')
             text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
             prompt = text if token_ids is None else token_ids
         if isinstance(prompt, str):

@@ -144,3 +144,9 @@ class Request:
             finish_reason=seq.finish_reason,
             stop_reason=seq.stop_reason,
         )
+
+
+def check_request_id(request_id: object) -> None:
+    """TypeError for what is no string: it may be no key of a dictionary, which the engine would notice too late."""
+    if not isinstance(request_id, str):
+        raise TypeError(f"request_id must be a string, got {request_id!r}")

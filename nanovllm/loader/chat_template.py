@@ -43,7 +43,7 @@ class ChatTemplate:
         given = {"messages": list(messages), "tools": tools, "documents": None, **variables}
         try:
             return self._templates[name].render(given)
-        except (TemplateError, TypeError, KeyError, AttributeError) as error:
+        except Exception as error:  # a stranger's program may raise anything
             raise ValueError(f"the chat template cannot render these messages: {error}") from error
 
 
@@ -64,9 +64,15 @@ def read_chat_template(override: str | None, directory: Path | None, configured:
         legacy = directory / "chat_template.json"
         if configured is None and legacy.is_file():
             configured = json.loads(legacy.read_text(encoding="utf-8")).get("chat_template")
-    if isinstance(configured, list):
-        configured = {entry["name"]: entry["template"] for entry in configured}
-    return ChatTemplate(configured) if configured else None
+    try:
+        if isinstance(configured, list):
+            configured = {entry["name"]: entry["template"] for entry in configured}
+        return ChatTemplate(configured) if configured else None
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"the model's chat_template is no text and no list of names and templates: {configured!r:.80}; "
+            "pass chat_template=..."
+        ) from error
 
 
 class _Generation(Extension):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,8 +60,8 @@ def _parse(raw: Mapping[str, Any], origin: str) -> GenerationDefaults:
         value = raw.get(name)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{origin}: {name} is {value!r}, but must be a number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
+            raise ValueError(f"{origin}: {name} is {value!r}, but must be a number, and finite")
         numbers[name] = int(value) if name == "top_k" else float(value)
     return GenerationDefaults(**numbers, eos_token_ids=as_ids(raw.get("eos_token_id"), "eos_token_id", origin))
 

@@ -125,6 +125,8 @@ def parse_config(raw: Mapping[str, Any], origin: str) -> ModelConfig:
 
 def _architecture(raw: Mapping[str, Any], origin: str) -> str:
     names = raw.get("architectures") or []
+    if not isinstance(names, list):
+        raise ValueError(f"{origin}: architectures is {names!r}, but must be a list of names")
     for name in names:
         if name in _DEFAULTS:
             return str(name)

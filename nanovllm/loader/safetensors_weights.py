@@ -53,7 +53,9 @@ def list_tensors(directory: Path) -> list[StoredTensor]:
         return [tensor for file in _unindexed_files(directory) for tensor in read_table(file)]
     try:
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError) as error:
+        if not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise ValueError("a shard's name is no text")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is no index of shards ({error}): {_AGAIN}") from error
     tensors = []
     for shard in sorted(set(weight_map.values())):

@@ -18,7 +18,7 @@ from nanovllm.loader.chat_template import ChatTemplate, read_chat_template
 from nanovllm.loader.gguf_file import read_gguf
 from nanovllm.loader.gguf_tokenizer import build_backend, special_token_ids
 from nanovllm.loader.model_config import read_json
-from nanovllm.loader.resolve import ModelSource, find_directory
+from nanovllm.loader.resolve import ModelSource, find_directory, resolve_model
 
 _NO_TEMPLATE = "this model has no chat template: pass chat_template=..., or use generate() with a plain prompt"
 
@@ -84,6 +84,8 @@ class Tokenizer:
             return cls._from_gguf(path, chat_template)
         if override is not None and path.name == "tokenizer.json":
             path = path.parent
+        if override == "smollm2":
+            return cls._from_gguf(resolve_model(override).path, chat_template)
         directory = path if override is None else find_directory(str(path) if path.is_dir() else override)
         return cls._from_directory(directory, chat_template)
 
