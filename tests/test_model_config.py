@@ -164,6 +164,15 @@ def test_refuses_layer_types(change: dict[str, Any], message: str) -> None:
         parse_config({**QWEN2, **change}, "config.json")
 
 
+def test_generation_config_names_what_it_cannot_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    neutral = {"typical_p": 1.0, "no_repeat_ngram_size": 0, "bad_words_ids": None, "suppress_tokens": []}
+    for asked, said in (({}, ""), ({"suppress_tokens": [5], "no_repeat_ngram_size": 3}, "suppress_tokens, no_repeat_")):
+        write_config(tmp_path, LLAMA, generation_config={**neutral, **asked})
+        assert not caplog.text, "it is said once, when the defaults are read"
+        load_generation_config(resolve_model(str(tmp_path)))
+        assert said in caplog.text and bool(caplog.text) == bool(said)
+
+
 def test_generation_config_adds_eos_ids_and_defaults(tmp_path: Path) -> None:
     generation = dict(eos_token_id=[7, 2], temperature=0.6, top_p=0.95, top_k=20, do_sample=False)
     config = write_config(tmp_path, {**LLAMA, "eos_token_id": 2}, generation_config=generation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any
 from nanovllm.loader.gguf_file import read_gguf
 from nanovllm.loader.resolve import ModelSource
 
+logger = logging.getLogger(__name__)
+
 _GGUF_KEYS = {
     "temperature": "temp",
     "top_p": "top_p",
@@ -18,6 +21,12 @@ _GGUF_KEYS = {
     "min_p": "min_p",
     "repetition_penalty": "penalty_repeat",
 }
+# Keys that change the text and have no counterpart here. Lengths and the beams of a search are a request's own affair.
+_UNSUPPORTED = (
+    "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias", "forced_bos_token_id",
+    "forced_eos_token_id", "no_repeat_ngram_size", "typical_p", "guidance_scale",
+)  # fmt: skip
+_NEUTRAL: tuple[Any, ...] = (None, 0, 1, [], {})  # what such a key holds when it asks for nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +45,11 @@ class GenerationDefaults:
     eos_token_ids: tuple[int, ...] = ()
 
 
-def load_generation_config(source: ModelSource) -> GenerationDefaults:
-    """The defaults of a model, empty where it brings none. ValueError for a value that is no number."""
+def load_generation_config(source: ModelSource, *, warn: bool = True) -> GenerationDefaults:
+    """The defaults of a model, empty where it brings none. ValueError for a value that is no number.
+
+    warn: say in the log what the model asks for and does not get.
+    """
     if source.kind == "gguf":
         metadata = read_gguf(source.path).metadata
         raw = {ours: metadata.get(f"general.sampling.{key}") for ours, key in _GGUF_KEYS.items()}
@@ -51,6 +63,11 @@ def load_generation_config(source: ModelSource) -> GenerationDefaults:
         raise ValueError(f"{path} is not valid JSON ({error}): fetch it again or delete it") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds no JSON object: fetch it again or delete it")
+    if warn and (asked := [key for key in _UNSUPPORTED if raw.get(key) not in _NEUTRAL]):
+        logger.warning(
+            "%s asks for %s, which is not supported: the text may differ; a logits processor can do it",
+            path.name, ", ".join(asked),
+        )  # fmt: skip
     return _parse(raw, str(path))
 
 

@@ -47,7 +47,7 @@ def load_model_config(source: ModelSource, *, use_generation_config: bool = True
         raise FileNotFoundError(f"{path} does not exist: is {source.name!r} the directory of a model?")
     config = parse_config(read_json(path), str(path))
     if use_generation_config:
-        more = load_generation_config(source).eos_token_ids
+        more = load_generation_config(source, warn=False).eos_token_ids
         config = dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + more)))
     return config
 
