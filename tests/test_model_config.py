@@ -166,7 +166,13 @@ def test_refuses_layer_types(change: dict[str, Any], message: str) -> None:
 
 def test_generation_config_names_what_it_cannot_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     neutral = {"typical_p": 1.0, "no_repeat_ngram_size": 0, "bad_words_ids": None, "suppress_tokens": []}
-    for asked, said in (({}, ""), ({"suppress_tokens": [5], "no_repeat_ngram_size": 3}, "suppress_tokens, no_repeat_")):
+    for asked, said in (
+        ({}, ""),
+        ({"suppress_tokens": [5], "no_repeat_ngram_size": 3}, "suppress_tokens, no_repeat_ngram_size"),
+        ({"forced_bos_token_id": 0}, "forced_bos_token_id"),
+        ({"no_repeat_ngram_size": 1, "forced_eos_token_id": 1}, "forced_eos_token_id, no_repeat_ngram_size"),
+    ):
+        caplog.clear()
         write_config(tmp_path, LLAMA, generation_config={**neutral, **asked})
         assert not caplog.text, "it is said once, when the defaults are read"
         load_generation_config(resolve_model(str(tmp_path)))

@@ -21,12 +21,19 @@ _GGUF_KEYS = {
     "min_p": "min_p",
     "repetition_penalty": "penalty_repeat",
 }
-# Keys that change the text and have no counterpart here. Lengths and the beams of a search are a request's own affair.
-_UNSUPPORTED = (
-    "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias", "forced_bos_token_id",
-    "forced_eos_token_id", "no_repeat_ngram_size", "typical_p", "guidance_scale",
-)  # fmt: skip
-_NEUTRAL: tuple[Any, ...] = (None, 0, 1, [], {})  # what such a key holds when it asks for nothing
+# Keys that change the text and have no counterpart here, with the value that asks for nothing (null does as well).
+# Lengths and the beams of a search are a request's own affair.
+_UNSUPPORTED: dict[str, Any] = {
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+    "bad_words_ids": [],
+    "sequence_bias": {},
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "no_repeat_ngram_size": 0,
+    "typical_p": 1,
+    "guidance_scale": 1,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,7 @@ def load_generation_config(source: ModelSource, *, warn: bool = True) -> Generat
         raise ValueError(f"{path} is not valid JSON ({error}): fetch it again or delete it") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds no JSON object: fetch it again or delete it")
-    if warn and (asked := [key for key in _UNSUPPORTED if raw.get(key) not in _NEUTRAL]):
+    if warn and (asked := [key for key, neutral in _UNSUPPORTED.items() if raw.get(key) not in (None, neutral)]):
         logger.warning(
             "%s asks for %s, which is not supported: the text may differ; a logits processor can do it",
             path.name, ", ".join(asked),
