@@ -61,7 +61,13 @@ class CompileOnly:
         return self.compile
 
     def compile(
-        self, *args: Any, num_warps: int = 4, num_stages: int = 3, launch_pdl: bool = False, **constants: Any
+        self,
+        *args: Any,
+        num_warps: int = 4,
+        num_stages: int = 3,
+        launch_pdl: bool = False,
+        maxnreg: int | None = None,
+        **constants: Any,
     ) -> None:
         name = self.kernel.__name__
         pdl = constants.get("PDL", False) and name not in FIRST_OF_A_STEP
@@ -75,7 +81,7 @@ class CompileOnly:
         wide = [[["tt.divisibility", 16]] if self.is_aligned(name, values[name]) else None for name in names]
         attrs = {(i,): spec for i, spec in enumerate(wide) if spec and names[i] not in constant}
         source = triton.compiler.ASTSource(self.kernel, signature, constant, attrs)
-        options = {"num_warps": num_warps, "num_stages": num_stages}
+        options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
         binary = triton.compile(source, target=self.target, options=options)
         assert binary.metadata.shared <= self.gpu.shared_memory
         before, wait, behind = binary.asm["ptx"].partition("griddepcontrol.wait")

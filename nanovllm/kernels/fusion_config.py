@@ -247,11 +247,11 @@ def gemv_config(problem: Problem, gpu: Gpu) -> FusionConfig:
 
     What counts is the whole layer of the decode chain, for programs of the next kernels must find room beside these
     before they may ask for their weights. Layer of Qwen3-0.6B, one row (H100, 2026-11-26), us at contexts 128 / 256 /
-    384 / 4,096, rows by warps: as here (gate_up 8 x 4, output projection 1 x 4) 16.0 / 17.5 / 17.9 / 24.4; the shapes
-    that were best for the linears alone (4 x 1 and 2 x 4) 17.0 / 18.6 / 19.2 / 25.1. QKV of 1 x 8 rows loses 0.6, of
-    4 x 8 0.3, of 4 warps 0.8; the down projection of 2 x 8 1.0. At 256: Llama-3.2-1B 46.9 instead of 47.9 with one row
-    by 4 warps for the down projection, QKV of one row 48.8; Qwen3-4B 76.2 instead of 77.9 with it for the output
-    projection (two rows 75.3), 76.5 for the down projection.
+    384, rows by warps: as here (QKV 4 x 8, output and down projection 1 x 4, gate_up 8 x 4) 15.7 / 16.7 / 17.1. Others
+    differ in one place: QKV 2 x 8 16.0 / 17.0 / 17.4; gate_up 4 x 4 15.6 / 16.9 / 17.5, 4 x 8 15.8 / 16.7 / 17.3,
+    8 x 8 16.6 / 17.5 / 18.1; down projection 1 x 8 16.2 / 17.0 / 17.2. The shapes that were best for the linears alone
+    (gate_up 4 x 1, output projection 2 x 4) took a microsecond more. At 256: Llama-3.2-1B 46.9 instead of 47.9 with one
+    row by 4 warps for the down projection; Qwen3-4B 76.2 instead of 77.9 with it for the output projection.
     """
     row = problem.k * problem.element_size
     if problem.swiglu:
@@ -259,7 +259,7 @@ def gemv_config(problem: Problem, gpu: Gpu) -> FusionConfig:
     elif problem.n <= problem.k:
         rows, num_warps, lane = 1, 4, _LANE_BYTES
     else:
-        rows, num_warps, lane = 2, 8, _LANE_BYTES
+        rows, num_warps, lane = 4, 8, _LANE_BYTES
     while rows > (2 if problem.swiglu else 1) and rows * row > 32 * lane:
         rows //= 2
     while num_warps > 1 and cdiv(problem.weight_rows, rows * num_warps) < 0.9 * gpu.num_sms:

@@ -55,7 +55,8 @@ MAX_SPLITS = 64  # one program of the merge kernel holds all splits of a head at
 class DecodeConfig:
     """Decode attention: tiles of `block_n` keys; at most `max_splits` (<= MAX_SPLITS) programs share a sequence.
 
-    `min_split` is the fewest keys worth a program of their own; a multiple of `block_n`.
+    `min_split` is the fewest keys worth a program of their own; a multiple of `block_n`. `max_registers`, for
+    `rope_attention` alone, caps those of a thread; None leaves it to the compiler.
     """
 
     block_n: int
@@ -63,6 +64,7 @@ class DecodeConfig:
     min_split: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,26 +135,32 @@ def rope_attention_config(
 ) -> DecodeConfig:
     """Few keys or few sequences: the first tile of 128 waits in registers. Else tiles are on the way to shared memory.
 
-    Splits are merged by a kernel of their own. Measured in the decode chain (H100, Triton 3.6.0, Qwen3-0.6B, us a layer
-    at contexts 256 / 384 / 1,024 / 4,096). One sequence, 8 warps: up to 16 splits 17.2 / 17.4 / 18.8 / 24.1; in two
-    stages 17.7 / 17.9 / 18.3 / 25.5. There is room for 16 splits also where the bound allows 4: a layer takes 17.5 us
-    instead of 17.9 at 256 (two sequences: 8 splits 18.5, 16 19.0). Three, 4 warps: up to 10 splits 19.6 at 384, and
-    beyond 24.6 / 38.0, with tiles of 64 in three stages 26.2 / 39.8; four 20.8, and beyond 26.2 / 47.6 or 26.2 / 46.7,
-    but in between, end to end, 6 to 7 % faster in registers; six 22.8, and 29.0 / 61.5 or 31.8 / 60.1. Eight, beyond
-    512 keys: 4 splits in registers 36.1 / 70.8, two in three stages 33.9 / 67.1. Sixteen, up to 512 keys: no splits
-    29.1 / 32.6, three stages 30.3 / 32.5 (26.6 instead of 24.7 at 128); beyond, 4 splits in registers 50.0 / 124; no
-    splits in three stages 47.2 / 113, in four 47.9 / 116, room for four splits of 4,096 keys, so that a long sequence
-    among short ones is no program's alone, 47.7 / 115. More programs than SMs, 32 sequences at 256 / 1,024: tiles of 64
-    in three stages 52.1 / 85.4, of 128 in registers 55.1 / 93.7.
+    Splits are merged by a kernel of their own. Measured in the decode chain (H100, Triton 3.6.0, Qwen3-0.6B,
+    2026-11-26), us a layer at contexts 256 / 1,024 / 4,096. One sequence: up to 16 splits 17.2 / 18.8 / 24.1; in two
+    stages 17.7 / 18.3 / 25.5. Room for 16 splits also where the bound allows 4: 17.5 instead of 17.9.
+
+    Two to six sequences of 8 KV heads: at most 128 registers a thread, so that two programs share an SM, and three
+    programs for two SMs, so that those of the next kernels find room. Two sequences, 12 splits: 18.6 / 20.6 / 30.4,
+    with 8 17.9 / 24.3 / 37.2, 16 18.9 / 20.7 / 33.7, 16 and 162 registers 19.0 / 22.6 / 34.2. Three: 18.8 / 22.3 /
+    36.9, 4 warps 19.4 / 22.9 / 37.9. Four: 19.3 / 25.9 / 44.5, with 5 splits instead of 6 19.2 / 27.4 / 46.6, 8 19.5 /
+    29.4 / 48.0. Six: 22.3 / 28.5 / 56.3, in three stages 20.8 / 30.0 / 55.7. The cap slows down one sequence (19.1 at
+    1,024) and sixteen (31.0 at 256).
+
+    Eight, beyond 512 keys: 4 splits in registers 36.1 and 70.8, two in three stages 33.9 and 67.1. Sixteen, up to 512
+    keys: no splits 29.1, three stages 30.3; beyond, 4 splits in registers 50.0 and 124; no splits in three stages 47.2
+    and 113, in four 47.9 and 116, room for four splits of 4,096 keys, so that a long sequence among short ones is no
+    program's alone, 47.7 and 115. More programs than SMs, 32 sequences at 256 / 1,024: tiles of 64 in three stages 52.1
+    / 85.4, of 128 in registers 55.1 / 93.7.
     """
     if element_size == 4 or head_dim > 128:
         return decode_config(num_seqs, num_kv_heads, head_dim, element_size, max_context_len, gpu)
     programs, short = num_seqs * num_kv_heads, max_context_len <= 512
-    block_n, stages = 128, 1
-    if programs <= 16:
-        num_warps, most, min_split = 8, 8 if programs > 8 and short else 16, 128
+    block_n, stages, max_registers = 128, 1, None
+    if programs <= 8:
+        num_warps, most, min_split = 8, 16, 128
     elif programs <= 48:
-        num_warps, most, min_split = 4, max(8, 256 // programs), 128 if short else 256
+        num_warps, most, min_split, max_registers = 8, max(1, 3 * gpu.num_sms // (2 * programs)), 128, 128
+        most = min(most, 8) if short else most
     elif programs > gpu.num_sms:
         num_warps, block_n, stages = 4, 64, 3
         most, min_split = (1, 512) if short else (4, 8192)
@@ -166,8 +174,8 @@ def rope_attention_config(
     while max(stages - 1, 1) * 2 * block_n * row_bytes > gpu.shared_memory - 16384:
         block_n //= 2
     needed = cdiv(max_context_len, min_split)
-    max_splits = most if programs <= 16 and needed > 1 else max(1, min(most, needed))
-    return DecodeConfig(block_n, max_splits, min_split, num_warps, stages)
+    max_splits = most if programs <= 48 and needed > 1 else max(1, min(most, needed))
+    return DecodeConfig(block_n, max_splits, min_split, num_warps, stages, max_registers)
 
 
 def _stages_that_fit(stages: int, fixed: int, a_stage: int, gpu: Gpu) -> int:

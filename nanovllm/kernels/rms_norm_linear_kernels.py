@@ -86,6 +86,21 @@ def _load_chunk(tile, column, start, K: tl.constexpr, WIDTH: tl.constexpr, ONCE:
     return tl.load(tile + start, mask=start + column < K, other=0.0, eviction_policy=policy)
 
 
+@jit()
+def _wide(value):
+    """float32 of `value`. Of two bfloat16 in a register, each takes one instruction; the compiler needs three for both.
+
+    A GEMV waits for x with its weights in registers, so every instruction behind the wait is time. Unpacking is half of
+    them: the four linears of Qwen3-0.6B take 13.0 us a layer instead of 13.8 (H100, 2026-11-26).
+    """
+    if value.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=f,=f,r", [value], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    return value.to(tl.float32)
+
+
 @jit(do_not_specialize=("N",))
 def gemv_kernel(
     x, weight, gamma, bias, residual, y, N, x_stride, weight_stride, residual_stride, eps,
@@ -131,12 +146,12 @@ def gemv_kernel(
         products = tl.zeros((WARPS, BLOCK_N // WARPS, BLOCK_K), tl.float32)
         squares = tl.zeros((WARPS, 1, BLOCK_K), tl.float32)
         for i in tl.static_range(CHUNKS):
-            value = values[m * CHUNKS + i].to(tl.float32)  # type: ignore[var-annotated]
+            value = _wide(values[m * CHUNKS + i])  # type: ignore[var-annotated]
             if NORM:
                 squares += value * value
                 if gamma is not None:
-                    value *= scales[i].to(tl.float32)
-            products += chunks[i].to(tl.float32) * value
+                    value *= _wide(scales[i])
+            products += _wide(chunks[i]) * value
             if i + AHEAD < CHUNKS:
                 next_chunk = _load_chunk(tile, column, (i + AHEAD) * BLOCK_K, K, BLOCK_K, True)
                 next_value = _load_chunk(x + column, column, (i + AHEAD) * BLOCK_K, K, BLOCK_K, False)

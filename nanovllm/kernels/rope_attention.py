@@ -298,7 +298,7 @@ def _constants(
         "BLOCK_D": max(16, next_power_of_2(dim)), "BLOCK_N": config.block_n,
         "NORM": norm, "HAS_WINDOW": has_window,
         "SPLIT": config.max_splits > 1, "PIPELINED": config.num_stages > 1,
-        "num_warps": config.num_warps, "num_stages": config.num_stages,
+        "num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.max_registers,
     }  # fmt: skip
 
 
