@@ -146,7 +146,7 @@ def gemv_kernel(
         products = tl.zeros((WARPS, BLOCK_N // WARPS, BLOCK_K), tl.float32)
         squares = tl.zeros((WARPS, 1, BLOCK_K), tl.float32)
         for i in tl.static_range(CHUNKS):
-            value = _wide(values[m * CHUNKS + i])  # type: ignore[var-annotated]
+            value = _wide(values[m * CHUNKS + i])
             if NORM:
                 squares += value * value
                 if gamma is not None:
@@ -155,10 +155,10 @@ def gemv_kernel(
             if i + AHEAD < CHUNKS:
                 next_chunk = _load_chunk(tile, column, (i + AHEAD) * BLOCK_K, K, BLOCK_K, True)
                 next_value = _load_chunk(x + column, column, (i + AHEAD) * BLOCK_K, K, BLOCK_K, False)
-                chunks, values = chunks + (next_chunk,), values + (next_value,)
+                chunks, values = chunks + (next_chunk,), values + (next_value,)  # type: ignore[assignment]
                 if NORM and gamma is not None:
                     next_scale = _load_chunk(gamma + column, column, (i + AHEAD) * BLOCK_K, K, BLOCK_K, False)
-                    scales = scales + (next_scale,)
+                    scales = scales + (next_scale,)  # type: ignore[assignment]
         total = tl.sum(products, axis=2)
         if NORM:
             total *= tl.rsqrt(tl.sum(squares, axis=2) / K + eps)
