@@ -257,6 +257,10 @@ def test_pairs(compiled: list[str], request: pytest.FixtureRequest, rows: int, p
     compiled.clear()
     linear_residual.linear_residual(x, weight[:1024], torch.zeros(rows, 1024, dtype=BF16), config=config)
     assert compiled == ["tile_kernel"] and rms_norm_linear_kernels.tile_kernel.pdl == pdl
+    compiled.clear()
+    config = linear_config(Problem(rows, 1024, 1024), gpu, norm=False)  # back to the stream: narrow tiles of their own
+    linear_residual.linear_residual(x, weight[:1024], torch.zeros(rows, 1024, dtype=BF16), config=config)
+    assert (config.variant, config.block_n, compiled) == ("tile", 16, ["tile_kernel"])
 
 
 @pytest.mark.parametrize("compiled", ["h100", "consumer", "dependent"], indirect=True)

@@ -5,9 +5,7 @@ programs must become resident beside it, or they cannot ask for their weights ea
 heuristic are those that were fastest in the chain; what is decided here is who takes part, and when the next may start.
 
 Above MAX_FUSED_ROWS the norm is a kernel of its own again, with a tile behind it that has asked for its weights by
-then, and cuBLAS adds the output and down projections to the stream. A layer of Qwen3-0.6B at 256 keys, us, 24 / 32 / 48
-/ 64 rows: 41.0 / 43.7 / 52.9 / 57.5 with wide tiles for QKV; narrow ones, which it takes, were 0.1 to 2.3 us faster,
-in turns that had tiles for cuBLAS. With norm and cuBLAS everywhere 32 rows take 49.2 and 64 take 65.2 (2026-11-26).
+then; output and down projections are narrow tiles, which fill the GPU where those of cuBLAS do not.
 
 Measured in the chain itself (H100, Triton 3.6.0, bf16, CUDA graphs, 2026-11-25). Pure: no torch, no triton.
 """
@@ -25,7 +23,7 @@ from nanovllm.kernels.fusion_config import (
     Problem,
     heuristic,
 )
-from nanovllm.kernels.launch_config import Gpu
+from nanovllm.kernels.launch_config import Gpu, cdiv, next_power_of_2
 
 MAX_CHAIN_ROWS = MAX_PAIR_ROWS
 MAX_FUSED_ROWS = MAX_PANEL_ROWS
@@ -53,5 +51,21 @@ def linear_config(problem: Problem, gpu: Gpu, *, norm: bool = True) -> FusionCon
     instead of 33.9 (of eight rows 29.7 instead of 26.4).
     """
     if not norm and problem.m > MAX_FUSED_ROWS:
-        return UNFUSED
+        return _residual_tile(problem, gpu)
     return heuristic(problem, gpu, dependent=True)
+
+
+def _residual_tile(problem: Problem, gpu: Gpu) -> FusionConfig:
+    """17 rows and more, back to the residual stream: 16 rows of the weight a program, if one program an SM does it.
+
+    Layer at 256 keys, us at 24 / 32 / 48 / 64 rows (H100, 2026-11-26), with cuBLAS and with these: Qwen3-0.6B 40.8 /
+    42.9 / 51.7 / 56.0 and 36.8 / 39.0 / 47.3 / 52.1, tiles of 32 by 128 40.0 / 41.4 / 50.3 / 54.8; Llama-3.2-1B 67.2 /
+    69.3 / 74.4 / 79.7 and 62.1 / 64.4 / 69.4 / 75.4. Qwen3-4B, two programs an SM: 103.6 / 106.0 / 118.8 / 123.1 and
+    118.9 / 122.9 / 137.8 / 142.7, hence cuBLAS there.
+    """
+    if not gpu.pdl or cdiv(problem.weight_rows, 16) > gpu.num_sms:
+        return UNFUSED
+    block_k = min(256, max(16, next_power_of_2(problem.k)))
+    stages = min(4, gpu.shared_memory // ((64 + 16) * block_k * problem.element_size))
+    tile = FusionConfig("tile", 64, 16, block_k, 4, max(1, stages), launch_pdl=True)
+    return UNFUSED if tile.faults(problem, gpu) else tile
