@@ -27,7 +27,7 @@ def add_run_options(found: argparse.ArgumentParser) -> None:
         help="what starts an engine's Python, in place of this interpreter (may be repeated)",
     )  # fmt: skip
     found.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    found.add_argument("--rounds", type=int, default=3, help="timed turns of each decode cell")
+    found.add_argument("--rounds", type=int, default=5, help="timed turns of each decode cell (%(default)s)")
     found.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no cell is begun")
     found.add_argument("--kv-gb", type=float, help="KV cache of each engine; default: what the cells need")
     found.add_argument("--models", type=Path, default=Plan.models, help="where random weights are kept (%(default)s)")

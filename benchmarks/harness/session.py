@@ -63,7 +63,7 @@ class Plan:
     cells: list[Cell]
     start: bool = False  # also the start, with cold and with compiled kernels
     device: str = "cuda"
-    rounds: int = 3
+    rounds: int = 5
     csv: Path = METRICS
     models: Path = Path(tempfile.gettempdir()) / "nanovllm-bench-models"
     kv_bytes: int | None = None  # default: what the cells need
