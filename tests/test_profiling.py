@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -337,6 +338,13 @@ def test_notes_say_where_they_come_from(tmp_path: Path) -> None:
     assert "guesses" not in text
     lost = profile.__class__(**{**{f: getattr(profile, f) for f in profile.__slots__}, "layers_found": False})
     assert "guesses" in report.notes([lost])
+
+
+def test_a_graph_that_takes_longer_than_its_step_is_said_so(tmp_path: Path) -> None:
+    profile = profile_of(tmp_path, True)
+    for graph, words in ((500.0, "100 µs a step are outside"), (678.0, "Its graph takes 78 µs more when it is")):
+        facts = dataclasses.replace(profile.facts, free_step_us=600.0, free_wait_us=400.0, free_graph_us=graph)
+        assert words in report.pace(dataclasses.replace(profile, facts=facts))
 
 
 def test_timeline_is_one_file_with_all_kernels(tmp_path: Path) -> None:

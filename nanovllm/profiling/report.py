@@ -120,6 +120,8 @@ def pace(profile: Profile) -> str:
     if not f.free_graph_us:
         return hidden
     rest = f.free_step_us - f.free_graph_us
+    if rest < 0:
+        return f"{hidden} Its graph takes {-rest:,.0f} µs more when it is replayed back to back."
     return f"{hidden} {rest:,.0f} µs a step are outside its graph: copies in and out, and the launch."
 
 
