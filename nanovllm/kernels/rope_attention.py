@@ -291,7 +291,7 @@ def _workspace(qkv: torch.Tensor, q_heads: int, dim: int, config: DecodeConfig) 
 def _constants(
     q_heads: int, kv_heads: int, page: int, dim: int, norm: bool, has_window: bool, config: DecodeConfig
 ) -> dict[str, Any]:
-    """What the kernel is compiled for. Above 16 rows of queries a capped thread would spill 200 to 900 bytes."""
+    """What the kernel is compiled for. Above 16 rows of queries a capped thread would spill 200 bytes and more."""
     group = q_heads // kv_heads
     rows = max(16, next_power_of_2(group))
     return {
