@@ -5,6 +5,7 @@ Here the kernels run in Triton's interpreter on the CPU; on a GPU, `tests/test_g
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tiny_models import save_model
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels.chain_config import MAX_FUSED_ROWS, chain_rows, linear_config
-from nanovllm.kernels.fusion_config import ELEMENT_SIZES, Problem
+from nanovllm.kernels.fusion_config import ELEMENT_SIZES, UNFUSED, Problem
 from nanovllm.kernels.launch_config import H100, MAX_SPLITS, Gpu, next_power_of_2, rope_attention_config
 
 OPTIONS = dict(
@@ -75,6 +76,26 @@ def test_policy_fits_every_shape(gpu: Gpu, dtype: str) -> None:
                     assert m <= MAX_FUSED_ROWS or config.variant == ("pair" if gpu.pdl else "unfused")
 
 
+@pytest.mark.parametrize("rows", [17, 64])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_who_goes_back_to_the_stream_by_narrow_tiles(rows: int, dtype: str) -> None:
+    """17 rows and more, one program an SM at most, as a dependent; all others leave it to cuBLAS."""
+    for gpu, most in ((HOPPER, 2112), (BLACKWELL, 2720)):
+        for k in (16, 25, 576, 1000, 3072, 18944):
+            for n in (1, 1001, most):
+                problem = Problem(rows, n, k, dtype)
+                config = linear_config(problem, gpu, norm=False)
+                assert config.faults(problem, gpu) == [] and config.launch_pdl
+                assert (config.variant, config.block_m, config.block_n) == ("tile", 64, 16)
+            assert linear_config(Problem(rows, most + 1, k, dtype), gpu, norm=False) == UNFUSED
+    problem = Problem(rows, 1024, 3072, dtype)
+    assert linear_config(problem, HOPPER).variant == "pair", "with a norm in front it is another question"
+    assert linear_config(problem, H100, norm=False) == UNFUSED, "no dependent launches"
+    assert linear_config(dataclasses.replace(problem, dtype="float32"), HOPPER, norm=False) == UNFUSED
+    fewer = dataclasses.replace(problem, m=MAX_FUSED_ROWS)
+    assert linear_config(fewer, HOPPER, norm=False) == linear_config(fewer, HOPPER)
+
+
 def test_tokens_are_fed_by_row() -> None:
     from nanovllm.kernels.feed import feed_tokens_
 
@@ -93,3 +114,24 @@ def test_attention_policy_fits(gpu: Gpu, context: int) -> None:
             tiles = max(config.num_stages - 1, 1) * 2 * config.block_n * next_power_of_2(dim) * 2
             assert config.block_n >= 16 and tiles + 12288 <= gpu.shared_memory
             assert config.min_split % config.block_n == 0 and 1 <= config.max_splits <= MAX_SPLITS
+
+
+@pytest.mark.parametrize("gpu", [H100, HOPPER, BLACKWELL, Gpu(40, 99 * 1024), Gpu(16, 64 * 1024)])
+@pytest.mark.parametrize("context", [129, 512, 513, 40960])
+def test_two_attention_programs_share_an_sm(gpu: Gpu, context: int) -> None:
+    """Two to six sequences of eight KV heads: registers for two programs an SM, and three programs for two SMs."""
+    for num_seqs, kv_heads in ((2, 8), (3, 8), (4, 8), (6, 8), (9, 1), (12, 4)):
+        programs = num_seqs * kv_heads
+        config = rope_attention_config(num_seqs, kv_heads, 128, 2, context, gpu)
+        assert (config.num_warps, config.num_stages, config.max_registers) == (8, 1, 128)
+        assert 2 * 32 * config.num_warps * 128 <= 65536, "an SM's registers"
+        assert config.max_splits <= 8 or context > 512
+        assert config.max_splits == 1 or 2 * programs * config.max_splits <= 3 * gpu.num_sms
+        more = 2 * programs * (config.max_splits + 1) <= 3 * gpu.num_sms
+        assert not more or (context <= 512 and config.max_splits == 8), "as many as there is room for"
+
+
+@pytest.mark.parametrize(("seqs", "dim", "size"), [(1, 128, 2), (7, 128, 2), (64, 128, 2), (4, 256, 2), (4, 128, 4)])
+def test_no_other_attention_program_is_short_of_registers(seqs: int, dim: int, size: int) -> None:
+    for context in (512, 4096):
+        assert rope_attention_config(seqs, 8, dim, size, context, HOPPER).max_registers is None

@@ -96,7 +96,7 @@ class CompileOnly:
         if launch_pdl and name == "tile_kernel":  # x would be read by what its loop pipelines
             assert "ld.global" not in before and "cp.async.c" not in before
         self.compiled.append(name)
-        self.pdl, self.ptx = launch_pdl, binary.asm["ptx"]  # of the last launch
+        self.pdl, self.ptx, self.maxnreg = launch_pdl, binary.asm["ptx"], maxnreg  # of the last launch
 
     @staticmethod
     def describe(value: Any) -> str:
@@ -238,6 +238,20 @@ def test_linears_of_the_decode_chain(
     assert len(compiled) == 4
 
 
+@pytest.mark.parametrize("compiled", ["dependent", "consumer", "blackwell"], indirect=True)
+def test_only_bfloat16_is_unpacked_by_hand(compiled: list[str]) -> None:
+    """Two at a time; also where a warp takes 32 columns, of which a thread has one."""
+    for dtype, by_hand in ((BF16, True), (torch.float16, False), (F32, False)):
+        for k, config in ((1024, "gemv/32/256/8"), (33, "gemv/4/32/4")):
+            problem = Problem(1, 4096, k, str(dtype).removeprefix("torch."))
+            x, weight = torch.zeros(1, k, dtype=dtype), torch.zeros(4096, k, dtype=dtype)
+            rms_norm_linear_fusion.launch(problem, FusionConfig.parse(config), x, weight, x[0], 1e-6, None, None)
+            ptx = rms_norm_linear_kernels.gemv_kernel.ptx
+            assert ("0xffff0000" in ptx) == by_hand
+            assert "cvt.f32.bf16" not in ptx, "all of it, x and gamma as well"
+    assert compiled == 6 * ["gemv_kernel"]
+
+
 @pytest.mark.parametrize("compiled", ["dependent", "blackwell"], indirect=True)
 @pytest.mark.parametrize("rows", [17, 33, 64])
 @pytest.mark.parametrize("pdl", [True, False])
@@ -282,6 +296,7 @@ CHAIN_ATTENTION = [
     ("dependent", (16, 8, 128, 32, None, 1, 40960), False),
     ("dependent", (16, 8, 128, 32, None, 8, 512), False),
     ("dependent", (16, 8, 128, 32, None, 4, 4096), False),
+    ("dependent", (32, 1, 128, 32, None, 12, 4096), False),
     ("dependent", (16, 8, 128, 256, None, 8, 4096), True),
     ("dependent", (32, 8, 64, 64, 300, 16, 4096), False),
     ("dependent", (32, 8, 64, 64, 1000, 16, 4096), True),
@@ -315,3 +330,6 @@ def test_attention_of_the_decode_chain(
     config = rope_attention_config(sequences, kv_heads, dim, 2, keys, gpu)
     assert compiled == ["_rope_attention_kernel"] + ["_merge_kernel"] * (config.max_splits > 1)
     assert (config.num_stages > 1) == pipelined
+    kernel = rope_attention._rope_attention_kernel
+    assert kernel.maxnreg == (config.max_registers if q_heads <= 16 * kv_heads else None), "wide groups would spill"
+    assert (".maxnreg 128" in kernel.ptx) == (kernel.maxnreg == 128)

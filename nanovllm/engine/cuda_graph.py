@@ -5,8 +5,7 @@ that holds it.
 
 Decodes: sizes 1 to 16 are exact, since that is where padding would show; then steps of 8. A graph is also recorded for
 a longest context, for which attention chooses its grid. Fused sizes get a second one for short contexts, where a layer
-is a matter of latency and keys are split no further than they reach: `launch_config.rope_attention_config` says into
-how many.
+is a matter of latency and the grid has room for fewer splits: `launch_config.rope_attention_config` says for how many.
 
 Steps with prefill: at 2,048 tokens the host took 13.6 ms to launch a step that keeps the device busy for 5 (H100,
 Qwen3-0.6B, Nsight Systems); at 4,096 the first token comes after 14.5 ms instead of 15.6. A graph's size is the tokens

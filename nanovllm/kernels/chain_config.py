@@ -5,7 +5,8 @@ programs must become resident beside it, or they cannot ask for their weights ea
 heuristic are those that were fastest in the chain; what is decided here is who takes part, and when the next may start.
 
 Above MAX_FUSED_ROWS the norm is a kernel of its own again, with a tile behind it that has asked for its weights by
-then; output and down projections are narrow tiles, which fill the GPU where those of cuBLAS do not.
+then; output and down projections are narrow tiles, if those fit the GPU at once, else cuBLAS. Without dependent
+launches norms and cuBLAS do all of it.
 
 Measured in the chain itself (H100, Triton 3.6.0, bf16, CUDA graphs, 2026-11-25). Pure: no torch, no triton.
 """
@@ -61,9 +62,9 @@ def _residual_tile(problem: Problem, gpu: Gpu) -> FusionConfig:
     Layer at 256 keys, us at 24 / 32 / 48 / 64 rows (H100, 2026-11-26), with cuBLAS and with these: Qwen3-0.6B 40.8 /
     42.9 / 51.7 / 56.0 and 36.8 / 39.0 / 47.3 / 52.1, tiles of 32 by 128 40.0 / 41.4 / 50.3 / 54.8; Llama-3.2-1B 67.2 /
     69.3 / 74.4 / 79.7 and 62.1 / 64.4 / 69.4 / 75.4. Qwen3-4B, two programs an SM: 103.6 / 106.0 / 118.8 / 123.1 and
-    118.9 / 122.9 / 137.8 / 142.7, hence cuBLAS there.
+    118.9 / 122.9 / 137.8 / 142.7, hence cuBLAS there. In float32 tiles are never chosen (`heuristic`).
     """
-    if not gpu.pdl or cdiv(problem.weight_rows, 16) > gpu.num_sms:
+    if not gpu.pdl or problem.element_size == 4 or cdiv(problem.weight_rows, 16) > gpu.num_sms:
         return UNFUSED
     block_k = min(256, max(16, next_power_of_2(problem.k)))
     stages = min(4, gpu.shared_memory // ((64 + 16) * block_k * problem.element_size))

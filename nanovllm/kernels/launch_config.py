@@ -56,7 +56,7 @@ class DecodeConfig:
     """Decode attention: tiles of `block_n` keys; at most `max_splits` (<= MAX_SPLITS) programs share a sequence.
 
     `min_split` is the fewest keys worth a program of their own; a multiple of `block_n`. `max_registers`, for
-    `rope_attention` alone, caps those of a thread; None leaves it to the compiler.
+    `rope_attention` alone and at most 16 query heads a KV head, caps those of a thread; None leaves it to the compiler.
     """
 
     block_n: int

@@ -291,14 +291,16 @@ def _workspace(qkv: torch.Tensor, q_heads: int, dim: int, config: DecodeConfig) 
 def _constants(
     q_heads: int, kv_heads: int, page: int, dim: int, norm: bool, has_window: bool, config: DecodeConfig
 ) -> dict[str, Any]:
-    """What the kernel is compiled for."""
+    """What the kernel is compiled for. Above 16 rows of queries a capped thread would spill 200 bytes and more."""
     group = q_heads // kv_heads
+    rows = max(16, next_power_of_2(group))
     return {
-        "KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": dim, "PAGE": page, "ROWS": max(16, next_power_of_2(group)),
+        "KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": dim, "PAGE": page, "ROWS": rows,
         "BLOCK_D": max(16, next_power_of_2(dim)), "BLOCK_N": config.block_n,
         "NORM": norm, "HAS_WINDOW": has_window,
         "SPLIT": config.max_splits > 1, "PIPELINED": config.num_stages > 1,
-        "num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.max_registers,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+        "maxnreg": config.max_registers if rows == 16 else None,
     }  # fmt: skip
 
 
