@@ -65,7 +65,7 @@ class AsyncLLM:
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """`generate` for a conversation, through the model's chat template."""
-        prompt = self.engine.render_chat(messages, True, **(chat_template_kwargs or {}))
+        prompt = self.engine.render_chat(messages, True, chat_template_kwargs)
         return self.generate(prompt, sampling_params, request_id)
 
     async def abort(self, request_id: str) -> None:

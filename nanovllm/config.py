@@ -18,7 +18,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def unknown_name_error(kind: str, name: str, valid: list[str]) -> TypeError:
     """A `TypeError` for an unknown keyword that names the nearest valid one."""
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else f"; valid names: {', '.join(sorted(valid))}"
+    hint = f"; did you mean {close[0]!r}?" if close else f"; valid names: {', '.join(sorted(valid)) or 'none'}"
     return TypeError(f"{kind} has no parameter {name!r}{hint}")
 
 

@@ -61,12 +61,14 @@ class LLM:
         add_generation_prompt: bool = True,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation or a list of them, through the model's chat template."""
+        """Answer one conversation or a list of them, through the model's chat template.
+
+        `chat_template_kwargs` reach the template by name (`enable_thinking=False`); TypeError for one it does not read.
+        """
         single = isinstance(next(iter(messages), None), (Mapping, str))  # a string is a mistake that rendering explains
         conversations: list[Any] = [messages] if single else list(messages)
         prompts = [
-            self.engine.render_chat(messages, add_generation_prompt, **(chat_template_kwargs or {}))
-            for messages in conversations
+            self.engine.render_chat(messages, add_generation_prompt, chat_template_kwargs) for messages in conversations
         ]
         return self.generate(prompts, sampling_params, use_tqdm)
 
@@ -85,7 +87,7 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> Iterator[RequestOutput]:
         """`stream` for a conversation."""
-        return self.stream(self.engine.render_chat(messages, True, **(chat_template_kwargs or {})), sampling_params)
+        return self.stream(self.engine.render_chat(messages, True, chat_template_kwargs), sampling_params)
 
     def get_tokenizer(self) -> Any:
         """The model's tokenizer (`nanovllm.loader.tokenizer.Tokenizer`)."""

@@ -24,6 +24,7 @@ LogitsProcessor = Callable[[list[int], list[int], "torch.Tensor"], "torch.Tensor
 
 MAX_N = 1024  # completions of one request; each of them is a sequence with its own copy of the prompt
 MAX_LOGPROBS = 100  # alternatives per token; each of them becomes a Python object
+LARGEST_FLOAT32 = 3.4028234663852886e38  # a larger temperature or penalty makes no difference
 GREEDY_BELOW = 1e-5  # dividing by a lower temperature overflows float32, and the largest logit wins anyway
 
 T = TypeVar("T")
@@ -169,7 +170,7 @@ class SamplingParams:
             if value is None and defaults is not None and defaults.get(name) is not None:
                 value = _CHECKS[name](f"generation_config.json: {name}", defaults[name])
             if value is not None:
-                known[name] = value
+                known[name] = min(value, LARGEST_FLOAT32) if isinstance(value, float) else value
         if known.get("temperature", 1.0) < GREEDY_BELOW:
             known["temperature"] = 0.0
         known["top_k"] = max(known.get("top_k", 0), 0)

@@ -105,6 +105,25 @@ def test_close_ends_what_runs(model: str) -> None:
     run(main())
 
 
+@pytest.mark.parametrize("leave", [SystemExit, asyncio.CancelledError])
+def test_a_processor_that_leaves_ends_its_own_request_only(model: str, leave: type[BaseException]) -> None:
+    """`sys.exit()` in a processor is the user's mistake; the thread that it would end is everybody's."""
+
+    def leaving(prompt: list[int], output: list[int], logits: Any) -> Any:
+        raise leave("good bye")
+
+    async def main() -> None:
+        async with AsyncLLM(model, **SMALL, show_progress=False) as llm:
+            running = asyncio.create_task(last(llm, "running"))
+            await asyncio.sleep(0)
+            output = [output async for output in llm.generate([5], LONG.clone(logits_processors=[leaving]))][-1]
+            assert output.outputs[0].finish_reason == "error"
+            assert output.error == f"logits processor leaving failed: {leave.__name__}: good bye"
+            assert [(await task).outputs[0].finish_reason for task in (running, last(llm, "late"))] == ["length"] * 2
+
+    run(main())
+
+
 def test_a_close_between_two_looks_is_not_lost(model: str) -> None:
     """The thread must clear its wake-up call before it looks for work, or a close in between is never seen."""
 

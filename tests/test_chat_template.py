@@ -120,6 +120,19 @@ def test_named_templates() -> None:
         ChatTemplate({"rag": "x"}).render(MESSAGES)
 
 
+def test_variables_that_no_template_reads_are_named() -> None:
+    thinking, headers, inst = (ChatTemplate(TEMPLATES[name]) for name in TEMPLATES)
+    thinking.check_names({"enable_thinking": False, "tools": None})
+    headers.check_names({"tools": TOOLS, "date_string": "1 May", "bos_token": ""})
+    with pytest.raises(TypeError, match="chat_template_kwargs has no parameter 'enable_thinkng'; did you mean 'enable"):
+        thinking.check_names({"enable_thinkng": False})
+    for name in ("tools", "messages", "add_generation_prompt"):  # tools would never reach the model
+        with pytest.raises(TypeError, match=f"chat_template_kwargs has no parameter '{name}'"):
+            inst.check_names({name: TOOLS})
+    with pytest.raises(TypeError, match="'x'; valid names: none$"):
+        ChatTemplate("{{ messages }}{{ raise_exception('') }}{% set x = range(1) %}").check_names({"x": 1})
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match="no chat template: pass chat_template="):
         Tokenizer(Backend(models.BPE()), {}).apply_chat_template(MESSAGES)

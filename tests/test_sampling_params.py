@@ -208,6 +208,12 @@ def test_tiny_temperatures_are_greedy(given: float, resolved: float) -> None:
     assert params.has_filters == (resolved != 0.0)  # a greedy choice needs no cut
 
 
+@pytest.mark.parametrize("name", ["temperature", "repetition_penalty"])
+def test_numbers_beyond_float32_do_not_overflow(name: str) -> None:
+    value = getattr(SamplingParams(**{name: 1e308}).resolve(), name)
+    assert value == np.finfo(np.float32).max
+
+
 def test_resolve_end_tokens_and_the_rest() -> None:
     params = SamplingParams(
         stop_token_ids=[7, 3],

@@ -106,6 +106,15 @@ def test_chat_explains_what_a_message_is(llm: LLM, messages: Any) -> None:
         llm.chat(messages, GREEDY, use_tqdm=False)
 
 
+@pytest.mark.parametrize("name", ["tools", "enable_thinking", "add_generation_prompt"])
+def test_what_the_chat_template_does_not_read_is_refused(llm: LLM, name: str) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    with pytest.raises(TypeError, match=f"chat_template_kwargs has no parameter '{name}'; valid names: none"):
+        llm.chat(messages, GREEDY, use_tqdm=False, chat_template_kwargs={name: True})
+    with pytest.raises(TypeError, match=f"chat_template_kwargs has no parameter '{name}'; valid names: none"):
+        llm.stream_chat(messages, GREEDY, chat_template_kwargs={name: True})
+
+
 def test_stop_strings(llm: LLM) -> None:
     """Cut at the string, wherever the tokens fall; streamed text never shows a part of it."""
     text = CASES[0]["text"]

@@ -23,6 +23,12 @@ from nanovllm.layers.forward_batch import ForwardBatch
 _I64, _I32 = np.dtype(np.int64), np.dtype(np.int32)
 
 
+def staging_bytes(rows: int, tokens: int, max_model_len: int, block_size: int) -> tuple[int, int]:
+    """Capacities of the two stagings, of any step and of decodes, for `rows` sequences and `tokens` tokens a step."""
+    table = rows * -(-max_model_len // block_size) * 4
+    return tokens * 24 + rows * 24 + table + 256, rows * 32 + table + 256
+
+
 class InputBuilder:
     """Owns the host and device buffers of the inputs; allocates nothing on the device after construction."""
 
@@ -31,11 +37,11 @@ class InputBuilder:
     ) -> None:
         self.block_size, self.max_model_len, self.device = block_size, max_model_len, device
         self.max_blocks = -(-max_model_len // block_size)
-        rows, tokens = max_num_seqs, max_num_batched_tokens
-        table_bytes = rows * self.max_blocks * 4
-        self.mixed = Staging(tokens * 24 + rows * 24 + table_bytes + 256, device)
+        rows = max_num_seqs
+        mixed_bytes, decode_bytes = staging_bytes(rows, max_num_batched_tokens, max_model_len, block_size)
+        self.mixed = Staging(mixed_bytes, device)
         self._chunks: dict[tuple[int, int], list[Section]] = {}  # by size
-        self.decode = Staging(rows * 32 + table_bytes + 256, device)
+        self.decode = Staging(decode_bytes, device)
         self._numbers, self._context_lens, self._table = self.decode.reserve(
             [((3, rows), _I64), ((rows,), _I32), ((rows, self.max_blocks), _I32)]
         )

@@ -6,6 +6,7 @@ others use: two engines side by side each get the share that their own settings 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,7 +64,8 @@ def num_kv_blocks(config: EngineConfig, block_bytes: int, max_model_len: int, me
     if blocks < 1:
         raise ValueError(
             f"no room for the KV cache: one block takes {block_bytes / 2**20:.2f} MiB and {origin} leaves "
-            f"{max(budget, 0) / 2**20:.2f} MiB; raise it, free device memory, or lower max_num_batched_tokens"
+            f"{max(budget, 0) / 2**20:.2f} MiB; raise it, free device memory, or lower "
+            "max_num_batched_tokens or max_num_seqs"
         )
     return blocks
 
@@ -85,11 +87,13 @@ def allocate_kv_caches(
         size = num_blocks * kv_heads * block_size * model.head_dim * dtype.itemsize
         return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
 
+    total = num_blocks * kv_block_bytes(model, block_size, dtype.itemsize, world_size)
     try:
+        if total > sys.maxsize:  # no allocator takes such a number
+            raise MemoryError
         return [(cache(), cache()) for _ in range(model.num_layers)]
     except (MemoryError, torch.OutOfMemoryError) as error:
-        size = num_blocks * kv_block_bytes(model, block_size, dtype.itemsize, world_size)
         raise ValueError(
-            f"{num_blocks} KV blocks take {size / 2**30:,.1f} GiB, more than {device} has left: lower "
+            f"{num_blocks} KV blocks take {total / 2**30:,.1f} GiB, more than {device} has left: lower "
             "num_kvcache_blocks, kv_cache_memory_bytes or gpu_memory_utilization"
         ) from error

@@ -18,7 +18,7 @@ import logging
 import random
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -287,13 +287,19 @@ class LLMEngine:
         return self.tokenizer
 
     def render_chat(
-        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, **template_kwargs: Any
+        self,
+        messages: Sequence[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """A conversation as a prompt: {"prompt": text, "prompt_token_ids": ids}. The template writes its own BOS."""
-        tokenizer = self.require_tokenizer()
-        text = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=add_generation_prompt, **template_kwargs
-        )
+        """A conversation as a prompt: {"prompt": text, "prompt_token_ids": ids}. The template writes its own BOS.
+
+        `template_kwargs` reach the template by name; TypeError for one that it does not read.
+        """
+        tokenizer, extra = self.require_tokenizer(), template_kwargs or {}
+        if tokenizer.chat_template is not None:
+            tokenizer.chat_template.check_names(extra)
+        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=add_generation_prompt, **extra)
         return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 
     def _tokenize(self, prompt: Any) -> tuple[str | None, list[int]]:

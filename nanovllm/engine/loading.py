@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from nanovllm.config import EngineConfig, ModelConfig
+from nanovllm.engine.input_builder import staging_bytes
+from nanovllm.engine.staging import IN_FLIGHT
 from nanovllm.kernels.chain_config import chain_rows
 from nanovllm.kernels.jit import gpu_of
 from nanovllm.layers.attention.backend import AttentionBackend, AttentionSpec, select_backend
@@ -19,7 +21,7 @@ from nanovllm.loader.dummy import dummy_weights
 from nanovllm.loader.weights import iter_weights
 from nanovllm.models.llama import LlamaForCausalLM
 from nanovllm.models.registry import build_model, load_weights, prepare_for_inference
-from nanovllm.utils.device import resolve_device, resolve_dtype
+from nanovllm.utils.device import host_memory, resolve_device, resolve_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     generation = load_generation_config(source) if config.generation_config else GenerationDefaults()
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
     max_len = resolve_max_model_len(config.max_model_len, model_config)
+    require_memory(config.max_num_seqs, config.token_budget(device.type), max_len, config, model_config)
     tp = TensorParallel()
     spec = AttentionSpec(
         device,
@@ -95,3 +98,23 @@ def resolve_max_model_len(wanted: int | None, model: ModelConfig) -> int:
             "with a rope_scaling entry in config.json"
         )
     return wanted
+
+
+def require_memory(rows: int, tokens: int, max_len: int, config: EngineConfig, model: ModelConfig) -> None:
+    """ValueError if the machine has less memory than the buffers take whose size these three numbers decide.
+
+    `rows` sequences of `max_len` tokens, `tokens` a step: inputs on the host and in pinned slots, and the rotary table.
+    """
+
+    def needed(max_num_seqs: int = rows, max_num_batched_tokens: int = tokens, max_model_len: int = max_len) -> int:
+        inputs = staging_bytes(max_num_seqs, max_num_batched_tokens, max_model_len, config.kvcache_block_size)
+        return (1 + IN_FLIGHT) * sum(inputs) + max_model_len * model.head_dim * 4
+
+    total, memory = needed(), host_memory()
+    if total > memory:
+        given = {"max_num_seqs": rows, "max_num_batched_tokens": tokens, "max_model_len": max_len}
+        largest = min(given, key=lambda name: needed(**{name: 1}))  # what is best lowered
+        raise ValueError(
+            f"{largest}={given[largest]} needs buffers of {total / 2**30:,.1f} GiB with the other options as they are, "
+            f"and this machine has {memory / 2**30:,.1f} GiB of memory: lower it"
+        )

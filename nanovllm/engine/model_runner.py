@@ -97,7 +97,13 @@ class ModelRunner:
         block_bytes = kv_block_bytes(self.model_config, config.kvcache_block_size, self.dtype.itemsize, tp.world_size)
         memory = None
         if self.device.type == "cuda":
-            self._profile()
+            try:
+                self._profile()
+            except torch.OutOfMemoryError as error:
+                raise ValueError(
+                    f"{self.device} has no memory left for a step of max_num_batched_tokens={self.token_budget} with "
+                    f"max_num_seqs={config.max_num_seqs}: lower the larger of them, or free device memory"
+                ) from error
             # Logits in fp32, and the copies that penalties and processors work on.
             sampling = config.max_num_seqs * self.model_config.vocab_size * 4 * 4
             memory = measure_cuda_memory(self.device, reserve=sampling)

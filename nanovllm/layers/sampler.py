@@ -111,7 +111,9 @@ def _run_processors(own: torch.Tensor, batch: SamplingBatch, special: Special) -
                 # Copies of the lists: a processor that changes them must not change the sequence.
                 result = processor(list(row.prompt_token_ids), list(row.output_token_ids), own[place])
                 own[place].copy_(_as_logits(result, own.shape[1]))
-            except Exception as error:  # a user's function may raise anything; only its own request shall fail
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # a user's function may raise anything, SystemExit too: its request fails
                 name = getattr(processor, "__name__", type(processor).__name__)
                 errors[number] = f"logits processor {name} failed: {type(error).__name__}: {error}"
                 break

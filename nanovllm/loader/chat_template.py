@@ -12,10 +12,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from nanovllm.config import unknown_name_error
+
+_OWN_ARGUMENTS = {"messages", "add_generation_prompt"}  # of `LLM.chat`, not of the template alone
 
 
 class ChatTemplate:
@@ -27,8 +31,16 @@ class ChatTemplate:
         environment = _environment()
         try:
             self._templates = {name: environment.from_string(text) for name, text in sources.items()}
+            read = [meta.find_undeclared_variables(environment.parse(text)) for text in sources.values()]
         except TemplateSyntaxError as error:
             raise ValueError(f"the chat template has a syntax error on line {error.lineno}: {error.message}") from error
+        self.variables = frozenset().union(*read) - environment.globals.keys() - _OWN_ARGUMENTS
+
+    def check_names(self, given: Mapping[str, Any]) -> None:
+        """TypeError, with the nearest valid name, for a variable that no template reads; None asks for nothing."""
+        for name, value in given.items():
+            if value is not None and name not in self.variables:
+                raise unknown_name_error("chat_template_kwargs", name, sorted(self.variables))
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import torch
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,6 +30,11 @@ def resolve_device(name: str) -> torch.device:
     if device.type != "cpu":
         raise ValueError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N")
     return device
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory, whoever uses them; where the system does not say, as good as infinite."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else sys.maxsize
 
 
 def resolve_dtype(name: str, checkpoint: str, device: torch.device) -> torch.dtype:
