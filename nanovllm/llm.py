@@ -63,7 +63,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation or a list of them, through the model's chat template.
 
-        `chat_template_kwargs` reach the template by name (`enable_thinking=False`); TypeError for one it does not read.
+        `chat_template_kwargs` reach the template by name (`enable_thinking=False`); TypeError for one that is misspelt.
         """
         single = isinstance(next(iter(messages), None), (Mapping, str))  # a string is a mistake that rendering explains
         conversations: list[Any] = [messages] if single else list(messages)

@@ -294,7 +294,7 @@ class LLMEngine:
     ) -> dict[str, Any]:
         """A conversation as a prompt: {"prompt": text, "prompt_token_ids": ids}. The template writes its own BOS.
 
-        `template_kwargs` reach the template by name; TypeError for one that it does not read.
+        `template_kwargs` reach the template by name; TypeError for a misspelt one, a warning for one it does not read.
         """
         tokenizer, extra = self.require_tokenizer(), template_kwargs or {}
         if tokenizer.chat_template is not None:

@@ -6,7 +6,9 @@ Face's `apply_chat_template`, whose behaviour templates are written against.
 
 from __future__ import annotations
 
+import difflib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nanovllm.config import unknown_name_error
 
+logger = logging.getLogger(__name__)
 _OWN_ARGUMENTS = {"messages", "add_generation_prompt"}  # of `LLM.chat`, not of the template alone
 
 
@@ -35,12 +38,22 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             raise ValueError(f"the chat template has a syntax error on line {error.lineno}: {error.message}") from error
         self.variables = frozenset().union(*read) - environment.globals.keys() - _OWN_ARGUMENTS
+        self._said: set[str] = set()
 
     def check_names(self, given: Mapping[str, Any]) -> None:
-        """TypeError, with the nearest valid name, for a variable that no template reads; None asks for nothing."""
-        for name, value in given.items():
-            if value is not None and name not in self.variables:
+        """TypeError for a misspelt variable; one that no template reads is said once. None asks for nothing.
+
+        A client that sends `enable_thinking` to every model is right to expect an answer of those that never think.
+        """
+        for name in (name for name, value in given.items() if value is not None and name not in self.variables):
+            if name in _OWN_ARGUMENTS or difflib.get_close_matches(name, self.variables, n=1, cutoff=0.8):
                 raise unknown_name_error("chat_template_kwargs", name, sorted(self.variables))
+            if name not in self._said:
+                self._said.add(name)
+                reads = ", ".join(sorted(self.variables)) or "none"
+                logger.warning(
+                    "the chat template reads no variable %r, so it changes nothing (it reads: %s)", name, reads
+                )
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any
