@@ -34,7 +34,10 @@ def resolve_device(name: str) -> torch.device:
 
 def host_memory() -> int:
     """Bytes of this machine's memory, whoever uses them; where the system does not say, as good as infinite."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else sys.maxsize
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):  # Windows has no sysconf
+        return sys.maxsize
+    pages = os.sysconf("SC_PHYS_PAGES")
+    return pages * os.sysconf("SC_PAGE_SIZE") if pages > 0 else sys.maxsize
 
 
 def resolve_dtype(name: str, checkpoint: str, device: torch.device) -> torch.dtype:
