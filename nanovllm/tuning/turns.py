@@ -6,6 +6,7 @@ and none of them in particular when each runs its share at once.
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
@@ -13,14 +14,21 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def in_turns(variants: Mapping[str, Callable[[int], T]], rounds: int) -> dict[str, list[T]]:
+def in_turns(
+    variants: Mapping[str, Callable[[int], T]], rounds: int, *, shuffled: bool = False
+) -> dict[str, list[T]]:
     """What each variant returned in rounds 0 to `rounds` - 1, every round going through all, back and forth.
 
+    `shuffled`: in an order of its own instead, the same in every run. Back and forth, a variant has the same two
+    neighbours for ever, and whoever follows one that let the GPU cool gets a faster clock.
     A variant is called with the number of the round.
     """
     found: dict[str, list[T]] = {name: [] for name in variants}
     for turn in range(rounds):
-        for name in list(variants)[:: -1 if turn % 2 else 1]:
+        order = list(variants)[:: -1 if turn % 2 else 1]
+        if shuffled:
+            random.Random(turn).shuffle(order)
+        for name in order:
             found[name].append(variants[name](turn))
     return found
 
@@ -34,10 +42,10 @@ def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def take_turns(replays: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, tuple[float, float, float]]:
-    """`percentiles` of `rounds` turns of each; one more turn goes before and does not count: it warms up."""
+    """`percentiles` of `rounds` turns of each, shuffled; one more turn goes before and does not count: it warms up."""
 
     def ignoring_turn(replay: Callable[[], float]) -> Callable[[int], float]:
         return lambda turn: replay()
 
-    times = in_turns({name: ignoring_turn(replay) for name, replay in replays.items()}, rounds + 1)
+    times = in_turns({name: ignoring_turn(replay) for name, replay in replays.items()}, rounds + 1, shuffled=True)
     return {name: percentiles(values[1:]) for name, values in times.items()}
