@@ -27,7 +27,7 @@ from harness.records import METRICS, Record, provenance, write
 from harness.work import Shape
 
 from nanovllm import LLM, __version__
-from nanovllm.tuning.turns import take_turns
+from nanovllm.tuning.turns import percentiles, take_turns
 
 REPLAYS = 6  # in a row, for one time
 
@@ -91,8 +91,8 @@ def measure(args: argparse.Namespace, chain: Chain, origin: dict[str, str]) -> N
         with chain.choosing(dict(args.linear), args.attention):
             replays = {form: replay_of(steps[form]) for form in forms}
         records = []
-        for form, times in take_turns(replays, args.rounds).items():
-            value, p20, p80 = (time if form == "head" else time / chain.layers for time in times)
+        for form, turns in take_turns(replays, args.rounds).items():
+            value, p20, p80 = (time if form == "head" else time / chain.layers for time in percentiles(turns))
             options = said(form, dict(args.linear), args.attention)
             print(f"{rows:>3} rows  context {context or '-':>6}  {options:<40} {value:8.2f} us", flush=True)
             records.append(

@@ -32,7 +32,7 @@ from nanovllm.tuning.cases import SHAPES, Case, Shape, cases
 from nanovllm.tuning.compilers import Compilers
 from nanovllm.tuning.measure import Operands, Replay, Result, Variant, calls_for, measure
 from nanovllm.tuning.search import plan, search
-from nanovllm.tuning.turns import take_turns
+from nanovllm.tuning.turns import percentiles, take_turns, times_as_fast
 
 DEPENDENT = dataclasses.replace(H100, pdl=True)
 CONSUMER = Gpu(num_sms=82, shared_memory=99 * 1024)
@@ -332,9 +332,17 @@ def test_weights_rotate() -> None:
 
 def test_a_median_ignores_the_first_turn_and_an_outlier() -> None:
     times = iter([100.0, 1.0, 2.0, 90.0, 3.0, 2.0])
-    median, low, high = take_turns({"x": lambda: next(times)}, 5)["x"]
+    median, low, high = percentiles(take_turns({"x": lambda: next(times)}, 5)["x"])
     assert median == 2.0
     assert low <= median <= high
+
+
+def test_a_clock_that_steps_is_no_speedup() -> None:
+    """Equal but for a clock that slows down after seven of fifteen turns, where one of the two had a pause."""
+    ours, theirs = [2.0] * 7 + [2.2] * 8, [2.0] * 6 + [9.0] + [2.2] * 8
+    ours[8] = 1.9
+    assert percentiles(ours)[0] < percentiles(theirs)[0]
+    assert times_as_fast(ours, theirs) == 1.0
 
 
 # ------------------------------------------------------------------------------------------------------- search
@@ -585,7 +593,7 @@ def test_the_benchmark_reports_losses_and_complete_groups(monkeypatch: pytest.Mo
     assert {r.test for r in records} == {"fusion_operator"}
     assert not any("dependent" in r.options for r in records)
     for result in results:
-        result.times["gemv/2/64/1/pdl"] = (2.0, 2.0, 2.0)  # twice as fast as on its own
+        result.turns["gemv/2/64/1/pdl"] = (2.0, 2.0, 2.0)  # twice as fast as on its own
     both = Report(wanted, results, bandwidth=6e12)
     assert "dependent: speed-up over compiled norm" in both.summary()
     kept = {(r.metric, r.batch, r.options): r for r in both.records({"device": "Fake"})}

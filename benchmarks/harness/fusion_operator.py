@@ -88,7 +88,7 @@ class Report:
     @staticmethod
     def speedup(result: Result, form: str) -> float:
         """Over compiled norm and cuBLAS."""
-        return result.us("compiled") / result.us(form)
+        return result.speedup(form, "compiled")
 
     def share(self, result: Result, form: str) -> float:
         """Of the read bandwidth, that the chosen configuration reaches with the bytes of the fused operator."""

@@ -3,7 +3,7 @@
 Weights are rotated through copies of three times the L2 cache; the calls of one variant form one CUDA graph. A
 configuration is timed only after its result has passed the gate: at most twice the error that PyTorch makes in the
 same dtype, against float64. All that pass are timed cheaply; the best few and the baselines again, in turn, so that a
-drifting clock meets all of them. A time is the median over the turns.
+drifting clock meets all of them. A time is the median over the turns, a speed-up that of the ratios within a turn.
 
 The timer is an argument: what decides between candidates is tested with one that reads a clock of its own.
 """
@@ -22,7 +22,7 @@ from nanovllm.kernels.fusion_config import UNFUSED, FusionConfig, Problem
 from nanovllm.kernels.launch_config import cdiv
 from nanovllm.kernels.rms_norm_linear_fusion import rms_norm_linear
 from nanovllm.tuning.cases import Case
-from nanovllm.tuning.turns import take_turns
+from nanovllm.tuning.turns import percentiles, take_turns, times_as_fast
 
 EPS = 1e-6
 MARGIN = 0.99  # a table takes a fused kernel that needs at most this share of the unfused time
@@ -46,33 +46,42 @@ Timer = Callable[[Variant, Sequence[torch.Tensor], int], Replay]  # variant, its
 
 @dataclass
 class Result:
-    """Microseconds a call: median, and the 20th and 80th percentile. `refused`: what the gate or the compiler said."""
+    """Microseconds a call in each turn. `refused`: what the gate or the compiler said."""
 
     case: Case
-    times: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    turns: dict[str, Sequence[float]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def times(self) -> dict[str, tuple[float, float, float]]:
+        """Microseconds a call: median, and the 20th and 80th percentile."""
+        return {name: percentiles(turns) for name, turns in self.turns.items()}
 
     def best(self, *, dependent: bool = False) -> str:
         """The fastest fused configuration, or "unfused" if none passed. `dependent`: it may be a dependent launch."""
-        allowed = (name for name in self.times if "/" in name and (dependent or not is_dependent(name)))
-        fused = {name: self.times[name][0] for name in allowed}
-        return min(fused, key=lambda name: fused[name], default="unfused")
+        allowed = [name for name in self.turns if "/" in name and (dependent or not is_dependent(name))]
+        return min(allowed, key=self.us, default="unfused")
 
     def choice(self, *, dependent: bool = False) -> str:
         """What the table should say."""
         best = self.best(dependent=dependent)
-        return best if self.times[best][0] <= MARGIN * self.times["unfused"][0] else "unfused"
+        return best if best == "unfused" or self.speedup(best, "unfused") >= 1 / MARGIN else "unfused"
 
     @property
     def has_dependents(self) -> bool:
         """Whether dependent launches were measured: where the GPU knows them."""
-        return any(map(is_dependent, (*self.times, *self.refused)))
+        return any(map(is_dependent, (*self.turns, *self.refused)))
 
     def us(self, name: str) -> float:
         """The median of one variant; of "fused" and "dependent", what the table chose."""
-        if name in ("fused", "dependent"):
-            name = self.choice(dependent=name == "dependent")
-        return self.times[name][0]
+        return percentiles(self.turns[self._chosen(name)])[0]
+
+    def speedup(self, name: str, over: str) -> float:
+        """How many times as fast as `over` it was, in the same turn."""
+        return times_as_fast(self.turns[self._chosen(name)], self.turns[over])
+
+    def _chosen(self, name: str) -> str:
+        return self.choice(dependent=name == "dependent") if name in ("fused", "dependent") else name
 
 
 def is_dependent(config: str) -> bool:
@@ -244,5 +253,5 @@ def measure(
     ranked = sorted(first, key=lambda name: first[name])
     kept = [name for form in (False, True) for name in [n for n in ranked if is_dependent(n) == form][:finalists]]
     variants = [*(fused[name] for name in kept), unfused, *baselines]
-    result.times = take_turns({variant.name: timer(variant, weights, fine) for variant in variants}, rounds)
+    result.turns |= take_turns({variant.name: timer(variant, weights, fine) for variant in variants}, rounds)
     return result

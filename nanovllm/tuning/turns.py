@@ -14,9 +14,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def in_turns(
-    variants: Mapping[str, Callable[[int], T]], rounds: int, *, shuffled: bool = False
-) -> dict[str, list[T]]:
+def in_turns(variants: Mapping[str, Callable[[int], T]], rounds: int, *, shuffled: bool = False) -> dict[str, list[T]]:
     """What each variant returned in rounds 0 to `rounds` - 1, every round going through all, back and forth.
 
     `shuffled`: in an order of its own instead, the same in every run. Back and forth, a variant has the same two
@@ -41,11 +39,17 @@ def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(values), low, high
 
 
-def take_turns(replays: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, tuple[float, float, float]]:
-    """`percentiles` of `rounds` turns of each, shuffled; one more turn goes before and does not count: it warms up."""
+def take_turns(replays: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What `rounds` turns of each took, shuffled; one more turn goes before and does not count: it warms up."""
 
     def ignoring_turn(replay: Callable[[], float]) -> Callable[[int], float]:
         return lambda turn: replay()
 
     times = in_turns({name: ignoring_turn(replay) for name, replay in replays.items()}, rounds + 1, shuffled=True)
-    return {name: percentiles(values[1:]) for name, values in times.items()}
+    return {name: values[1:] for name, values in times.items()}
+
+
+def times_as_fast(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Median over the turns of theirs / ours. A clock that steps between two turns changes both sides of each ratio;
+    it can leave two medians on either side of the step."""
+    return statistics.median(their / our for our, their in zip(ours, theirs, strict=True))
