@@ -46,7 +46,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     found.add_argument(
         "--attention",
         type=attention_config,
-        metavar="BLOCK_N,MAX_SPLITS,MIN_SPLIT,WARPS",
+        metavar="BLOCK_N,SPLITS,MIN_SPLIT,WARPS",
         help="the same for attention",
     )
     found.add_argument("--rounds", type=int, default=7, help="times of each form")

@@ -34,6 +34,7 @@ from nanovllm.kernels import (
     rope_attention,
     sample,
     sample_cut,
+    split_plan,
 )
 from nanovllm.kernels.fusion_config import FusionConfig, Problem
 from nanovllm.kernels.launch_config import DecodeConfig, PrefillConfig
@@ -192,14 +193,15 @@ def decode(
     torch.manual_seed(0)
     paged = Paged.build(contexts, kv_heads, dim, page, half, device)
     cache = paged.k_cache, paged.v_cache, paged.block_table, paged.context_lens
+    plan = split_plan.plan_splits(paged.context_lens, config, window)
     if pdl is None:
         q = numbers(len(contexts), q_heads, dim, dtype=half, device=device)
-        decode_attention.decode_attention(q, *cache, 0.1, window, config=config)
+        decode_attention.decode_attention(q, *cache, 0.1, window, plan=plan)
         return
     qkv = numbers(len(contexts), (q_heads + 2 * kv_heads) * dim, dtype=half, device=device)
     weight = numbers(dim, dtype=half, device=device) if window is None else None
     table = numbers(max(contexts), dim, dtype=torch.float32, device=device)
-    rope_attention.rope_attention(qkv, weight, weight, 1e-6, table, *cache, 0.1, window, config=config, pdl=pdl)
+    rope_attention.rope_attention(qkv, weight, weight, 1e-6, table, *cache, 0.1, window, plan=plan, pdl=pdl)
 
 
 def prefill(chunks: list[tuple[int, int]], window: int | None, config: PrefillConfig) -> Case:
@@ -279,6 +281,7 @@ CASES: dict[str, list[Case]] = {
         qk_norm_rope_store(5, 3, 1, 80, True), qk_norm_rope_store(100, 14, 2, 64, False),
     ],
     "decode_attention._decode_kernel": DECODE_CASES,
+    "split_plan._plan_kernel": DECODE_CASES[1:],
     "decode_attention._merge_kernel": DECODE_CASES[1:],  # the first has one split
     "rope_attention._rope_attention_kernel": [
         Case(partial(decode, *shape, pdl=pdl), pdl) for shape in DECODES for pdl in (False, True)

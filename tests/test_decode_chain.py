@@ -15,7 +15,7 @@ from tiny_models import save_model
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels.chain_config import MAX_FUSED_ROWS, chain_rows, linear_config
 from nanovllm.kernels.fusion_config import ELEMENT_SIZES, UNFUSED, Problem
-from nanovllm.kernels.launch_config import H100, MAX_SPLITS, Gpu, next_power_of_2, rope_attention_config
+from nanovllm.kernels.launch_config import H100, Gpu, next_power_of_2, rope_attention_config
 
 OPTIONS = dict(
     dtype="float32", device="cpu", attention_backend="triton", max_model_len=64, num_kvcache_blocks=32,
@@ -113,7 +113,7 @@ def test_attention_policy_fits(gpu: Gpu, context: int) -> None:
             config = rope_attention_config(num_seqs, kv_heads, dim, 2, context, gpu)
             tiles = max(config.num_stages - 1, 1) * 2 * config.block_n * next_power_of_2(dim) * 2
             assert config.block_n >= 16 and tiles + 12288 <= gpu.shared_memory
-            assert config.min_split % config.block_n == 0 and 1 <= config.max_splits <= MAX_SPLITS
+            assert config.min_split % config.block_n == 0 and config.splits >= 1
 
 
 @pytest.mark.parametrize("gpu", [H100, HOPPER, BLACKWELL, Gpu(40, 99 * 1024), Gpu(16, 64 * 1024)])
@@ -125,10 +125,10 @@ def test_two_attention_programs_share_an_sm(gpu: Gpu, context: int) -> None:
         config = rope_attention_config(num_seqs, kv_heads, 128, 2, context, gpu)
         assert (config.num_warps, config.num_stages, config.max_registers) == (8, 1, 128)
         assert 2 * 32 * config.num_warps * 128 <= 65536, "an SM's registers"
-        assert config.max_splits <= 8 or context > 512
-        assert config.max_splits == 1 or 2 * programs * config.max_splits <= 3 * gpu.num_sms
-        more = 2 * programs * (config.max_splits + 1) <= 3 * gpu.num_sms
-        assert not more or (context <= 512 and config.max_splits == 8), "as many as there is room for"
+        assert config.splits <= 8 or context > 512
+        assert config.splits == 1 or 2 * programs * config.splits <= 3 * gpu.num_sms
+        more = 2 * programs * (config.splits + 1) <= 3 * gpu.num_sms
+        assert not more or (context <= 512 and config.splits == 8), "as many as there is room for"
 
 
 @pytest.mark.parametrize(("seqs", "dim", "size"), [(1, 128, 2), (7, 128, 2), (64, 128, 2), (4, 256, 2), (4, 128, 4)])

@@ -9,6 +9,7 @@ from kernel_checks import BF16, F16, F32, Paged, attention_truth, judge, tiers
 from nanovllm.kernels.decode_attention import decode_attention
 from nanovllm.kernels.launch_config import DecodeConfig, PrefillConfig
 from nanovllm.kernels.prefill_attention import prefill_attention
+from nanovllm.kernels.split_plan import plan_splits
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -27,8 +28,9 @@ def check_decode(
     paged = Paged.build(contexts, kv_heads, dim, page, dtype, device, oldest)
     q = torch.randn(len(contexts), q_heads, dim).to(dtype).to(device)
     scale = dim**-0.5
+    plan = None if config is None else plan_splits(paged.context_lens, config, window)
     out = decode_attention(
-        q, paged.k_cache, paged.v_cache, paged.block_table, paged.context_lens, scale, window, config=config
+        q, paged.k_cache, paged.v_cache, paged.block_table, paged.context_lens, scale, window, plan=plan
     )
     truths, rounded = [], []
     for i, context in enumerate(contexts):
@@ -64,11 +66,11 @@ def test_decode_attention(device: str, dtype: torch.dtype, case: tuple) -> None:
     check_decode(device, dtype, *case)
 
 
-@pytest.mark.parametrize("max_splits", [1, 2, 5])
+@pytest.mark.parametrize("splits", [1, 2, 5])
 @tiers(small=[([1, 0, 33, 70], 4, 2, 64, 4, None), ([50, 64], 2, 2, 64, 16, 20)], large=DECODE_LARGE[:1])
-def test_decode_attention_split(device: str, dtype: torch.dtype, case: tuple, max_splits: int) -> None:
+def test_decode_attention_split(device: str, dtype: torch.dtype, case: tuple, splits: int) -> None:
     """Every number of splits, empty ones included, gives the same answer."""
-    check_decode(device, dtype, *case, config=DecodeConfig(16, max_splits, 16, num_warps=4, num_stages=2))
+    check_decode(device, dtype, *case, config=DecodeConfig(16, splits, 16, num_warps=4, num_stages=2))
 
 
 def check_prefill(
@@ -159,3 +161,33 @@ def test_caches_beyond_two_billion_elements() -> None:
     assert bool((decode_attention(q[:1], k_cache, v_cache, table, lengths, 0.1) == 1).all())
     start = torch.tensor([0, 40], dtype=torch.int32, device="cuda")
     assert bool((prefill_attention(q, k_cache, v_cache, table, start, lengths, 40, 0.1) == 1).all())
+
+
+SHARED = [
+    ([640] * 3, None, DecodeConfig(16, 4, 16, 4, 2), [4, 4, 4]),  # alike: as many each
+    ([640] * 3, None, DecodeConfig(16, 1, 16, 4, 2, spare=2), [1, 1, 1]),  # none is long
+    ([16, 4000, 0, 16], None, DecodeConfig(16, 4, 16, 4, 2), [1, 13, 1, 1]),  # what short ones leave
+    ([16, 4000, 16], None, DecodeConfig(16, 1, 16, 4, 2, spare=5), [1, 6, 1]),
+    ([320, 640, 960], None, DecodeConfig(32, 3, 32, 4, 2), [2, 3, 4]),  # in proportion, in whole tiles
+    ([100, 40], None, DecodeConfig(16, 64, 16, 4, 2), [7, 3]),  # no more than there are tiles
+    ([900, 50], 64, DecodeConfig(16, 4, 16, 4, 2), [3, 2]),  # a window counts as what it shows
+]
+
+
+@tiers(small=SHARED, large=SHARED)
+def test_slots_are_shared_by_length(device: str, dtype: torch.dtype, case: tuple) -> None:
+    """And every key is somebody's, once, in whole tiles; slots that are left over are nobody's."""
+    contexts, window, config, splits = case
+    plan = plan_splits(torch.tensor(contexts, dtype=torch.int32, device=device), config, window)
+    assert plan.slots is not None and plan.parts is not None
+    assert plan.parts[:, 1].tolist() == splits
+    rows = plan.slots.tolist()
+    assert len(rows) == len(contexts) * config.splits + config.spare
+    for sequence, context in enumerate(contexts):
+        first = plan.parts[sequence, 0].item()
+        own = rows[first : first + splits[sequence]]
+        assert all((row[0], row[3]) == (sequence, context) for row in own)
+        oldest = 0 if window is None else max(context - window, 0)
+        assert own[0][1] == oldest // config.block_n and own[-1][2] == context
+        assert all(one[2] == other[1] * config.block_n < context for one, other in zip(own, own[1:], strict=False))
+    assert sum(row[0] >= 0 for row in rows) == sum(splits) and all(row[0] == -1 for row in rows[sum(splits) :])

@@ -30,6 +30,7 @@ from nanovllm.kernels import (
     rope_attention,
     sample,
     sample_cut,
+    split_plan,
 )
 from nanovllm.kernels.chain_config import linear_config
 from nanovllm.kernels.fusion_config import FusionConfig, Problem
@@ -120,6 +121,7 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         rms_norm_linear_fusion,
         rms_norm_linear_kernels,
         rope_attention,
+        split_plan,
         feed,
         fetch,
         sample,
@@ -196,8 +198,7 @@ def test_attention(compiled: list[str], case: tuple) -> None:
     table, lengths = (torch.zeros(shape, dtype=torch.int32) for shape in ((sequences, 5), (sequences,)))
     q = torch.zeros(sequences, q_heads, dim, dtype=dtype)
     decode_attention.decode_attention(q, cache, cache, table, lengths, 0.1, window, 4096)
-    assert compiled[0] == "_decode_kernel"
-    assert compiled[1:] in ([], ["_merge_kernel"])
+    assert compiled in (["_decode_kernel"], ["_plan_kernel"] * (sequences > 1) + ["_decode_kernel", "_merge_kernel"])
     start = torch.zeros(sequences + 1, dtype=torch.int32)
     for tokens in (40, 3000):
         q = torch.zeros(tokens, q_heads, dim, dtype=dtype)
@@ -323,12 +324,17 @@ def test_attention_of_the_decode_chain(
     qkv, weight = torch.zeros(sequences, (q_heads + 2 * kv_heads) * dim, dtype=BF16), torch.ones(dim, dtype=BF16)
     norm_weight = weight if with_norm else None
     angles = torch.zeros(8, dim)
+    plan = rope_attention.plan_rope_attention(cache, lengths, longest, window)
     rope_attention.rope_attention(
-        qkv, norm_weight, norm_weight, 1e-6, angles, cache, cache, table, lengths, 0.1, window, longest
+        qkv, norm_weight, norm_weight, 1e-6, angles, cache, cache, table, lengths, 0.1, window, longest, plan=plan
     )
-    keys = rope_attention._longest(longest, window, page)
+    keys = split_plan.longest_span(longest, window, page)
     config = rope_attention_config(sequences, kv_heads, dim, 2, keys, gpu)
-    assert compiled == ["_rope_attention_kernel"] + ["_merge_kernel"] * (config.max_splits > 1)
+    split = config.slots(sequences) > sequences
+    assert (
+        compiled
+        == ["_plan_kernel"] * (split and sequences > 1) + ["_rope_attention_kernel"] + ["_merge_kernel"] * split
+    )
     assert (config.num_stages > 1) == pipelined
     kernel = rope_attention._rope_attention_kernel
     assert kernel.maxnreg == (config.max_registers if q_heads <= 16 * kv_heads else None), "wide groups would spill"

@@ -15,7 +15,6 @@ from nanovllm.kernels.decode_attention import decode_attention
 from nanovllm.kernels.kv_cache import check_cache
 from nanovllm.kernels.launch_config import (
     H100,
-    MAX_SPLITS,
     Gpu,
     decode_config,
     next_power_of_2,
@@ -42,18 +41,18 @@ def test_decode_config_is_valid(num_seqs: int, kv_heads: int, element_size: int,
         config = decode_config(num_seqs, kv_heads, head_dim, element_size, longest, gpu)
         assert next_power_of_2(config.block_n) == config.block_n >= 16
         assert config.min_split % config.block_n == 0
-        assert 1 <= config.max_splits <= MAX_SPLITS
-        assert (config.max_splits - 1) * config.min_split < longest  # no split that could never hold a key
+        assert config.splits >= 1
+        assert (config.splits - 1) * config.min_split < longest  # no split that could never hold a key
         tiles = 2 * config.num_stages * config.block_n * next_power_of_2(head_dim) * element_size
         assert tiles <= gpu.shared_memory
 
 
 def test_decode_splits_a_lone_sequence_and_not_a_full_batch() -> None:
     lone = decode_config(1, 8, 128, 2, 4096, H100)
-    assert lone.max_splits * 8 >= 0.9 * H100.num_sms
+    assert lone.splits * 8 >= 0.9 * H100.num_sms
     crowd = decode_config(256, 8, 128, 2, 4096, H100)
     assert crowd.min_split > lone.min_split
-    assert crowd.max_splits > 1  # one long sequence among short ones is still shared out
+    assert crowd.splits > 1  # one long sequence among short ones is still shared out
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 16, 71])

@@ -11,6 +11,7 @@ from nanovllm.kernels.decode_attention import decode_attention
 from nanovllm.kernels.launch_config import DecodeConfig
 from nanovllm.kernels.rope import qk_norm_rope_store
 from nanovllm.kernels.rope_attention import rope_attention
+from nanovllm.kernels.split_plan import plan_splits
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 EPS = 1e-6
@@ -52,9 +53,10 @@ class Case:
         return int(self.paged.block_table[i, position // self.page]), position % self.page
 
     def run(self, config: DecodeConfig | None = None) -> torch.Tensor:
+        plan = None if config is None else plan_splits(self.paged.context_lens, config, self.window)
         return rope_attention(
             self.qkv, *self.weights, EPS, self.table, self.paged.k_cache, self.paged.v_cache, self.paged.block_table,
-            self.paged.context_lens, self.scale, self.window, config=config,
+            self.paged.context_lens, self.scale, self.window, plan=plan,
         )  # fmt: skip
 
     def expected(self, dtype: torch.dtype | None) -> torch.Tensor:
@@ -106,26 +108,26 @@ FORMS_LARGE = [
 ]
 
 
-@pytest.mark.parametrize("max_splits", [1, 3])
+@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("num_stages", [1, 3])
 @tiers(small=FORMS_SMALL, large=FORMS_LARGE)
-def test_forms(device: str, dtype: torch.dtype, case: tuple, num_stages: int, max_splits: int) -> None:
+def test_forms(device: str, dtype: torch.dtype, case: tuple, num_stages: int, splits: int) -> None:
     """First tile in registers (one stage) or tiles on their way into shared memory, whatever their number."""
     made = Case(device, dtype, *case)
     block_n = 16 if case in FORMS_SMALL else 32
-    result = made.run(DecodeConfig(block_n, max_splits, block_n, num_warps=4, num_stages=num_stages))
+    result = made.run(DecodeConfig(block_n, splits, block_n, num_warps=4, num_stages=num_stages))
     judge(result, made.expected(None), made.expected(dtype))
     assert not result[made.contexts.index(0)].any()
 
 
-@pytest.mark.parametrize("max_splits", [1, 2, 5])
+@pytest.mark.parametrize("splits", [1, 2, 5])
 @tiers(small=[SMALL[0], SMALL[2]], large=LARGE[:1])
-def test_splits_and_append(device: str, dtype: torch.dtype, case: tuple, max_splits: int) -> None:
+def test_splits_and_append(device: str, dtype: torch.dtype, case: tuple, splits: int) -> None:
     """Every number of splits agrees; what lands in the cache is what the unfused kernels store, and nothing else."""
     made = Case(device, dtype, *case)
     k_cache, v_cache = made.paged.k_cache.clone(), made.paged.v_cache.clone()
     page = case[4]
-    config = DecodeConfig(16, max_splits, 16, num_warps=4, num_stages=2)
+    config = DecodeConfig(16, splits, 16, num_warps=4, num_stages=2)
     first = made.run(config)
     judge(first, made.expected(None), made.expected(dtype))
     slots = [s[0] * page + s[1] if c else -1 for c, s in ((c, made.slot(i)) for i, c in enumerate(made.contexts))]

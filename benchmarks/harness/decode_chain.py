@@ -14,7 +14,7 @@ import torch
 from nanovllm.engine.cuda_graph import SHORT_CONTEXT
 from nanovllm.kernels import chain_config, launch_config
 from nanovllm.kernels.fusion_config import FusionConfig, Problem
-from nanovllm.kernels.launch_config import MAX_SPLITS, DecodeConfig, Gpu, cdiv
+from nanovllm.kernels.launch_config import DecodeConfig, Gpu, cdiv
 from nanovllm.layers.attention.backend import AttentionMetadata
 from nanovllm.layers.forward_batch import ForwardBatch
 from nanovllm.layers.fused_norm_linear import linear_residual_, norm_linear
@@ -35,18 +35,16 @@ def linear_choice(text: str) -> tuple[str, FusionConfig]:
 
 
 def attention_config(text: str) -> DecodeConfig:
-    """ "128,16,128,8": block_n, max_splits, min_split and warps. ArgumentTypeError, a sentence, for what cannot run."""
+    """ "128,16,128,8": block_n, splits, min_split and warps. ArgumentTypeError, a sentence, for what cannot run."""
     try:
-        block_n, max_splits, min_split, num_warps = map(int, text.split(","))
+        block_n, splits, min_split, num_warps = map(int, text.split(","))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not BLOCK_N,MAX_SPLITS,MIN_SPLIT,WARPS") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not BLOCK_N,SPLITS,MIN_SPLIT,WARPS") from error
     if any(n < 1 or n & (n - 1) for n in (block_n, num_warps)) or block_n < 16:
         raise argparse.ArgumentTypeError(f"{text!r}: BLOCK_N (16 or more) and WARPS are powers of two")
-    if not 1 <= max_splits <= MAX_SPLITS or min_split < 1 or min_split % block_n:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: MAX_SPLITS is 1 to {MAX_SPLITS}, and MIN_SPLIT a multiple of BLOCK_N"
-        )
-    return DecodeConfig(block_n, max_splits, min_split, num_warps, num_stages=1)
+    if splits < 1 or min_split < 1 or min_split % block_n:
+        raise argparse.ArgumentTypeError(f"{text!r}: SPLITS is 1 or more, and MIN_SPLIT a multiple of BLOCK_N")
+    return DecodeConfig(block_n, splits, min_split, num_warps, num_stages=1)
 
 
 def said(form: str, linears: Mapping[str, FusionConfig], attention: DecodeConfig | None) -> str:
@@ -55,7 +53,7 @@ def said(form: str, linears: Mapping[str, FusionConfig], attention: DecodeConfig
     words = [form, *(f"{name}={linears[name]}" for name in LINEARS if name in heeded and name in linears)]
     if form == "fused" and attention is not None:
         a = attention
-        words.append(f"attention={a.block_n},{a.max_splits},{a.min_split},{a.num_warps}")
+        words.append(f"attention={a.block_n},{a.splits},{a.min_split},{a.num_warps}")
     return " ".join(words)
 
 
@@ -106,12 +104,13 @@ class Chain:
         x = torch.randn(rows, width, generator=torch.Generator().manual_seed(1)).to(self.device, self.dtype)
 
         def fused() -> torch.Tensor:
-            stream = x.clone()
-            for layer, cache in zip(body.layers, self.caches, strict=True):
-                stream = layer.decode(stream, body.rotary.table, cache, batch)
+            plans, stream = body.split_plans(batch, self.caches), x.clone()
+            for layer, cache, plan in zip(body.layers, self.caches, plans, strict=True):
+                stream = layer.decode(stream, body.rotary.table, cache, batch, plan)
             return stream
 
         def unfused() -> torch.Tensor:
+            batch.attention.scratch.clear()  # its plan is part of a step
             rope = body.rotary.rows(batch.positions, None)
             branch, residual = x.clone(), None
             for layer, cache in zip(body.layers, self.caches, strict=True):

@@ -54,8 +54,11 @@ def _materialise(module: dict[str, Any]) -> None:
     module["tl"] = tl
     for name, kernel in list(module.items()):
         if isinstance(kernel, LazyKernel):
-            function = kernel.function
-            function.__globals__["tl"] = tl  # a helper from another module
+            function, home = kernel.function, kernel.function.__globals__
+            if home is not module:  # a helper from another module, with helpers of its own there
+                _materialise(home)
+                module[name] = home[function.__name__]
+                continue
             # Annotations are strings (PEP 563); the interpreter compares them with the type's own name.
             function.__annotations__ = {
                 argument: tl.constexpr if "constexpr" in str(annotation) else annotation

@@ -48,23 +48,26 @@ class HeadConfig:
     num_warps: int
 
 
-MAX_SPLITS = 64  # one program of the merge kernel holds all splits of a head at once
-
-
 @dataclass(frozen=True, slots=True)
 class DecodeConfig:
-    """Decode attention: tiles of `block_n` keys; at most `max_splits` (<= MAX_SPLITS) programs share a sequence.
+    """Decode attention: tiles of `block_n` keys, and for each KV head `splits` programs a sequence and `spare` ones.
 
-    `min_split` is the fewest keys worth a program of their own; a multiple of `block_n`. `max_registers`, for
-    `rope_attention` alone and at most 16 query heads a KV head, caps those of a thread; None leaves it to the compiler.
+    That is how many there are; the sequences share them by length, one at least for each. `min_split` is the fewest
+    keys worth a program of their own; a multiple of `block_n`. `max_registers`, for `rope_attention` alone and at most
+    16 query heads a KV head, caps those of a thread; None leaves it to the compiler.
     """
 
     block_n: int
-    max_splits: int
+    splits: int
     min_split: int
     num_warps: int
     num_stages: int
     max_registers: int | None = None
+    spare: int = 0
+
+    def slots(self, num_seqs: int) -> int:
+        """Programs of each KV head."""
+        return num_seqs * self.splits + self.spare
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +123,17 @@ def decode_config(
     block_n = 32 if element_size == 4 or head_dim > 128 else 64
     programs = max(num_seqs * num_kv_heads, 1)
     if programs <= gpu.num_sms:
-        min_split, most = 64, min(max(gpu.num_sms // programs, 16), MAX_SPLITS)
+        min_split, most = 64, min(max(gpu.num_sms // programs, 16), 64)
     else:
         min_split, most = 256 if programs <= 2 * gpu.num_sms else 512, 32
-    max_splits = max(1, min(most, cdiv(max_context_len, min_split)))
+    splits = max(1, min(most, cdiv(max_context_len, min_split)))
     row_bytes = next_power_of_2(head_dim) * element_size
-    wanted = 3 if max_splits * programs <= 2 * gpu.num_sms else 2
+    wanted = 3 if splits * programs <= 2 * gpu.num_sms else 2
     num_stages = _stages_that_fit(wanted, 0, 2 * block_n * row_bytes, gpu)
-    return DecodeConfig(block_n, max_splits, min_split, num_warps=4, num_stages=num_stages)
+    return DecodeConfig(block_n, splits, min_split, num_warps=4, num_stages=num_stages)
+
+
+SHARED_BEYOND = 8192  # keys that a sequence of a full batch may have before it gets programs of its own; to tune
 
 
 def rope_attention_config(
@@ -155,27 +161,29 @@ def rope_attention_config(
     if element_size == 4 or head_dim > 128:
         return decode_config(num_seqs, num_kv_heads, head_dim, element_size, max_context_len, gpu)
     programs, short = num_seqs * num_kv_heads, max_context_len <= 512
-    block_n, stages, max_registers = 128, 1, None
+    block_n, stages, max_registers, min_split, splits, spare = 128, 1, None, 128, 1, 0
     if programs <= 8:
-        num_warps, most, min_split = 8, 16, 128
+        num_warps, splits = 8, 16
     elif programs <= 48:
-        num_warps, most, min_split, max_registers = 8, max(1, 3 * gpu.num_sms // (2 * programs)), 128, 128
-        most = min(most, 8) if short else most
+        num_warps, max_registers = 8, 128
+        splits = max(1, 3 * gpu.num_sms // (2 * programs))
+        splits = min(splits, 8) if short else splits
     elif programs > gpu.num_sms:
-        num_warps, block_n, stages = 4, 64, 3
-        most, min_split = (1, 512) if short else (4, 8192)
+        num_warps, block_n, stages, min_split = 4, 64, 3, 512
+        spare = min(num_seqs - 1, 31) if max_context_len > SHARED_BEYOND else 0
     elif short:
-        num_warps, most, min_split = 8, 1, 512
+        num_warps, min_split = 8, 512
     else:
-        num_warps, stages = 8, 3
-        most, min_split = (gpu.num_sms // programs, 512) if 2 * programs <= gpu.num_sms else (4, 8192)
+        num_warps, stages, min_split = 8, 3, 512
+        splits = max(1, gpu.num_sms // programs)
+        spare = num_seqs - 1 if splits == 1 and max_context_len > SHARED_BEYOND else 0
+    if max_context_len <= min_split:
+        splits, spare = 1, 0
     row_bytes = next_power_of_2(head_dim) * element_size
     # A pipeline keeps one tile less than it has stages; a lone tile passes through half by half. 16 KB for the rest.
     while max(stages - 1, 1) * 2 * block_n * row_bytes > gpu.shared_memory - 16384:
         block_n //= 2
-    needed = cdiv(max_context_len, min_split)
-    max_splits = most if programs <= 48 and needed > 1 else max(1, min(most, needed))
-    return DecodeConfig(block_n, max_splits, min_split, num_warps, stages, max_registers)
+    return DecodeConfig(block_n, splits, min_split, num_warps, stages, max_registers, spare)
 
 
 def _stages_that_fit(stages: int, fixed: int, a_stage: int, gpu: Gpu) -> int:

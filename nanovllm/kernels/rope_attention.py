@@ -4,11 +4,11 @@ Per sequence and KV head: optional RMSNorm of the query and key heads (Qwen3), r
 and value to the paged cache, attention of the one query token to all keys. Unfused these are `rope` and
 `decode_attention`, three launches with the merge; at batch 1 their latency is as long as that of the linear layers.
 
-Grid: (sequence x KV head, split), keys split as in `decode_attention` (Flash-Decoding). The program of the last split
-owns the new token: it writes the new key and value to the cache and attends to them from its registers, so no program
-reads what another one of this launch writes. Where a context bound allows several splits, a second kernel merges them,
-in order of the splits, so results reproduce. (Merged by the last program to arrive, a layer took 3.8 us longer than
-with one split: H100, Qwen3-0.6B, one sequence. A dependent kernel's edge is 0.6.)
+Grid: (slot x KV head), keys split and slots shared out as in `decode_attention` (Flash-Decoding). The program of the
+last split owns the new token: it writes the new key and value to the cache and attends to them from its registers, so
+no program reads what another one of this launch writes. Where there are more slots than sequences, a second kernel
+merges splits, in their order, so results reproduce. (Merged by the last program to arrive, a layer took 3.8 us longer
+than with one split: H100, Qwen3-0.6B, one sequence. A dependent kernel's edge is 0.6.)
 Cast order: that of `rope` and `decode_attention`: query and key are rounded to the cache's dtype after the rotation.
 Traffic: that of `decode_attention`.
 
@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nanovllm.kernels import reference
-from nanovllm.kernels.decode_attention import _first_key, _split_length, merge_splits
+from nanovllm.kernels.decode_attention import merge_splits, split_workspace
 from nanovllm.kernels.jit import gpu_of, jit, require_unit_stride, use_triton
 from nanovllm.kernels.kv_cache import check_cache, page_ids
-from nanovllm.kernels.launch_config import DecodeConfig, next_power_of_2, rope_attention_config
+from nanovllm.kernels.launch_config import next_power_of_2, rope_attention_config
+from nanovllm.kernels.split_plan import SplitPlan, first_key, longest_span, plan_splits, slot_keys
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -121,30 +122,25 @@ def _new_token(
 
 
 @jit(
-    do_not_specialize=("table_stride", "window", "max_splits", "min_split"),
+    do_not_specialize=("table_stride", "window", "min_split"),
     unaligned=("block_table", "context_lens"),
 )
 def _rope_attention_kernel(
-    qkv, q_weight, k_weight, cos_sin, k_cache, v_cache, block_table, context_lens, out, partial, partial_lse,
-    scale, eps, qkv_stride, table_stride, k_block_stride, v_block_stride, window, max_splits, min_split,
+    qkv, q_weight, k_weight, cos_sin, k_cache, v_cache, block_table, context_lens, plan, out, partial, partial_lse,
+    scale, eps, qkv_stride, table_stride, k_block_stride, v_block_stride, window, min_split,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, NORM: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, SPLIT: tl.constexpr, PIPELINED: tl.constexpr, PDL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, SPLITS: tl.constexpr, PIPELINED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """qkv: [B, (KV_HEADS * GROUP + 2 KV_HEADS) * HEAD_DIM]; out: [B, KV_HEADS * GROUP, HEAD_DIM], contiguous;
-    partial: [B, Hq, max_splits, HEAD_DIM] and partial_lse without the last, float32."""
+    plan: [S, 4] or None; partial: [Hq, S, HEAD_DIM] and partial_lse without the last, float32."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    sequence = tl.program_id(0) // KV_HEADS
+    slot = tl.program_id(0) // KV_HEADS
     kv_head = tl.program_id(0) % KV_HEADS
-    split = tl.program_id(1)
-    context = tl.load(context_lens + sequence)
-    first = _first_key(context, window, HAS_WINDOW, BLOCK_N)
-    length = _split_length(context - first, max_splits, min_split, BLOCK_N)
-    begin = first + split * length
-    if (begin >= context) & (split > 0):
+    sequence, begin, end, context = slot_keys(plan, context_lens, slot, window, min_split, SPLITS, HAS_WINDOW, BLOCK_N)
+    if sequence < 0:
         return
-    end = tl.minimum(begin + length, context)
     owns_new = (end == context) & (context > 0)
     old_end = tl.minimum(end, context - 1)
     position = tl.maximum(context - 1, 0)
@@ -212,12 +208,12 @@ def _rope_attention_kernel(
     row = tl.arange(0, ROWS)[:, None]
     first_row = sequence.to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP
     written = (row < GROUP) & (dim < HEAD_DIM)[None, :]
-    if (SPLIT == 0) | (context - first <= length):
+    if (end == context) & (begin == first_key(context, window, HAS_WINDOW, BLOCK_N)):  # all its keys
         tl.store(out + (first_row + row) * HEAD_DIM + dim[None, :], acc, mask=written)
     else:
-        slot = (first_row + tl.arange(0, ROWS)) * max_splits + split
-        tl.store(partial + slot[:, None] * HEAD_DIM + dim[None, :], acc, mask=written)
-        tl.store(partial_lse + slot, top + tl.log2(total), mask=tl.arange(0, ROWS) < GROUP)
+        part = (kv_head * GROUP + tl.arange(0, ROWS)).to(tl.int64) * (tl.num_programs(0) // KV_HEADS) + slot
+        tl.store(partial + part[:, None] * HEAD_DIM + dim[None, :], acc, mask=written)
+        tl.store(partial_lse + part, top + tl.log2(total), mask=tl.arange(0, ROWS) < GROUP)
 
 
 def rope_attention(
@@ -234,7 +230,7 @@ def rope_attention(
     window: int | None = None,
     max_context_len: int | None = None,
     *,
-    config: DecodeConfig | None = None,
+    plan: SplitPlan | None = None,
     pdl: bool | None = None,
 ) -> torch.Tensor:
     """One token a sequence: normalise and rotate its queries and key, append key and value, attend.
@@ -244,8 +240,9 @@ def rope_attention(
     block_table: [B, max_blocks] int32; context_lens: [B] int32, the new token included: its position is context - 1;
     0 marks a padding row, which stores nothing and whose output is zeros.
     max_context_len: upper bound on context_lens known to the host (under a CUDA graph: for all replays).
-    pdl: launch as a programmatic dependent; None = where the GPU can (Hopper and later). The block table, the lengths
-    and the older keys must then be in memory before the kernel in front of this one starts.
+    plan: `plan_rope_attention` of the same, made here if None.
+    pdl: launch as a programmatic dependent; None = where the GPU can (Hopper and later) and a plan is given. The plan,
+    the table, the lengths and the older keys must then be in memory before the kernel in front of this one starts.
     Returns [B, Hq * D], contiguous.
     """
     _check_weights(q_norm_weight, k_norm_weight)
@@ -260,45 +257,43 @@ def rope_attention(
     if not num_seqs:
         return out
     gpu = gpu_of(qkv.device)
-    longest = _longest(max_context_len or block_table.shape[1] * page, window, page)
-    config = config or rope_attention_config(num_seqs, kv_heads, dim, qkv.element_size(), longest, gpu)
-    pdl = gpu.pdl if pdl is None else pdl
-    lse, partial = _workspace(qkv, q_heads, dim, config)
-    _rope_attention_kernel[(num_seqs * kv_heads, config.max_splits)](
-        qkv, q_norm_weight, k_norm_weight, cos_sin, k_cache, v_cache, block_table, context_lens, out,
-        partial, lse, scale * math.log2(math.e), eps,
+    pdl = gpu.pdl and plan is not None if pdl is None else pdl
+    if plan is None:
+        plan = plan_rope_attention(k_cache, context_lens, max_context_len or block_table.shape[1] * page, window)
+    lse, partial = split_workspace(plan.config, qkv, num_seqs, q_heads, dim)
+    _rope_attention_kernel[(plan.config.slots(num_seqs) * kv_heads,)](
+        qkv, q_norm_weight, k_norm_weight, cos_sin, k_cache, v_cache, block_table, context_lens,
+        plan.slots, out, partial, lse, scale * math.log2(math.e), eps,
         qkv.stride(0), block_table.stride(0), k_cache.stride(0), v_cache.stride(0),
-        window or 0, config.max_splits, config.min_split, PDL=pdl,
-        **_constants(q_heads, kv_heads, page, dim, q_norm_weight is not None, window is not None, config),
+        window or 0, plan.config.min_split, PDL=pdl,
+        **_constants(q_heads, kv_heads, page, dim, q_norm_weight is not None, window is not None, plan),
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
-    if config.max_splits > 1:
-        merge_splits(partial, lse, context_lens, out.view(num_seqs, q_heads, dim), window, config, pdl)
+    merge_splits(plan, partial, lse, context_lens, out.view(num_seqs, q_heads, dim), window, pdl)
     return out
 
 
-def _longest(context: int, window: int | None, page: int) -> int:
-    """Bound on the keys that one sequence reads."""
-    return context if window is None else min(context, window + page)
-
-
-def _workspace(qkv: torch.Tensor, q_heads: int, dim: int, config: DecodeConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """lse and partial of all splits; empty where there is one."""
-    rows = (qkv.shape[0], q_heads, config.max_splits) if config.max_splits > 1 else (0,)
-    return qkv.new_empty(rows, dtype=torch.float32), qkv.new_empty((*rows, dim), dtype=torch.float32)
+def plan_rope_attention(
+    k_cache: torch.Tensor, context_lens: torch.Tensor, max_context_len: int, window: int | None = None
+) -> SplitPlan:
+    """How a step's keys are split, for all layers of one shape and window."""
+    _, kv_heads, page, dim = k_cache.shape
+    longest = longest_span(max_context_len, window, page)
+    size, gpu = k_cache.element_size(), gpu_of(k_cache.device)
+    config = rope_attention_config(context_lens.shape[0], kv_heads, dim, size, longest, gpu)
+    return plan_splits(context_lens, config, window)
 
 
 def _constants(
-    q_heads: int, kv_heads: int, page: int, dim: int, norm: bool, has_window: bool, config: DecodeConfig
+    q_heads: int, kv_heads: int, page: int, dim: int, norm: bool, has_window: bool, plan: SplitPlan
 ) -> dict[str, Any]:
     """What the kernel is compiled for. Above 16 rows of queries a capped thread would spill 200 bytes and more."""
-    group = q_heads // kv_heads
+    group, config = q_heads // kv_heads, plan.config
     rows = max(16, next_power_of_2(group))
     return {
         "KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": dim, "PAGE": page, "ROWS": rows,
         "BLOCK_D": max(16, next_power_of_2(dim)), "BLOCK_N": config.block_n,
-        "NORM": norm, "HAS_WINDOW": has_window,
-        "SPLIT": config.max_splits > 1, "PIPELINED": config.num_stages > 1,
+        "NORM": norm, "HAS_WINDOW": has_window, "SPLITS": plan.unshared, "PIPELINED": config.num_stages > 1,
         "num_warps": config.num_warps, "num_stages": config.num_stages,
         "maxnreg": config.max_registers if rows == 16 else None,
     }  # fmt: skip

@@ -17,7 +17,8 @@ from torch import nn
 from nanovllm.config import ModelConfig
 from nanovllm.kernels import native
 from nanovllm.kernels.rope import qk_norm_rope_store
-from nanovllm.kernels.rope_attention import rope_attention
+from nanovllm.kernels.rope_attention import plan_rope_attention, rope_attention
+from nanovllm.kernels.split_plan import SplitPlan
 from nanovllm.layers.activation import SiluAndMul
 from nanovllm.layers.attention.backend import AttentionBackend
 from nanovllm.layers.embedding import LMHead, VocabParallelEmbedding
@@ -79,6 +80,7 @@ class LlamaAttention(nn.Module):
         table: torch.Tensor,
         cache: tuple[torch.Tensor, torch.Tensor],
         batch: ForwardBatch,
+        plan: SplitPlan,
     ) -> torch.Tensor:
         """The fused twin of everything between the projections: qkv [B, …] -> [B, Hq * D], one token a sequence."""
         return rope_attention(
@@ -93,6 +95,7 @@ class LlamaAttention(nn.Module):
             self.scale,
             self.window,
             batch.attention.max_context_len,
+            plan=plan,
         )
 
 
@@ -146,12 +149,13 @@ class LlamaDecoderLayer(nn.Module):
         table: torch.Tensor,
         cache: tuple[torch.Tensor, torch.Tensor],
         batch: ForwardBatch,
+        plan: SplitPlan,
     ) -> torch.Tensor:
         """A decode step on the GPU, in five kernels or six; of more than 16 rows in seven or more.
 
         x [B, hidden], the residual stream, is updated in place.
         """
-        return self.chain(x, partial(self.self_attn.decode, table=table, cache=cache, batch=batch))
+        return self.chain(x, partial(self.self_attn.decode, table=table, cache=cache, batch=batch, plan=plan))
 
     def chain(
         self, x: torch.Tensor, attend: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor | None = None
@@ -197,11 +201,22 @@ class LlamaModel(nn.Module):
 
     def decode(self, batch: ForwardBatch, caches: KVCaches) -> torch.Tensor:
         """One token a sequence through the fused layers: the residual stream [B, hidden], before the final norm."""
+        plans = self.split_plans(batch, caches)  # first: attention reads them before it waits for the layer's start
         x = self.embed_tokens.fed(batch.input_ids, batch.sampled)
         layers = cast("Iterable[LlamaDecoderLayer]", self.layers)
-        for layer, cache in zip(layers, caches, strict=True):
-            x = layer.decode(x, self.rotary.table, cache, batch)
+        for layer, cache, plan in zip(layers, caches, plans, strict=True):
+            x = layer.decode(x, self.rotary.table, cache, batch, plan)
         return x
+
+    def split_plans(self, batch: ForwardBatch, caches: KVCaches) -> list[SplitPlan]:
+        """How each layer's attention splits the keys of a decode step; layers with the same window share a plan."""
+        windows = [layer.self_attn.window for layer in cast("Iterable[LlamaDecoderLayer]", self.layers)]
+        attention = batch.attention
+        made = {
+            window: plan_rope_attention(caches[0][0], attention.context_lens, attention.max_context_len, window)
+            for window in dict.fromkeys(windows)
+        }
+        return [made[window] for window in windows]
 
     def _chain(self, x: torch.Tensor, rope: RopeRows, batch: ForwardBatch, caches: KVCaches) -> torch.Tensor:
         """Any step through the layers in C: the residual stream [R, hidden] of `batch.logits_rows`."""

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from nanovllm.kernels.decode_attention import decode_attention
+from nanovllm.kernels.decode_attention import decode_attention, plan_decode_attention
 from nanovllm.kernels.jit import interpreting, triton_installed
 from nanovllm.kernels.prefill_attention import prefill_attention
 from nanovllm.layers.attention.backend import AttentionBackend, AttentionMetadata, AttentionSpec, cuda_reasons
@@ -44,9 +44,13 @@ class TritonBackend(AttentionBackend):
         n = metadata.num_decodes
         table, contexts = metadata.block_table, metadata.context_lens
         if n:
+            longest, made = metadata.max_context_len, metadata.scratch
+            if ("decodes", window) not in made:
+                made["decodes", window] = plan_decode_attention(k_cache, contexts[:n], longest, window)
             decode_attention(
-                q[:n], k_cache, v_cache, table[:n], contexts[:n], scale, window, metadata.max_context_len, out[:n]
-            )
+                q[:n], k_cache, v_cache, table[:n], contexts[:n], scale, window, longest, out[:n],
+                plan=made["decodes", window],
+            )  # fmt: skip
         if n < contexts.shape[0]:
             prefill_attention(
                 q, k_cache, v_cache, table[n:], metadata.query_start[n:], contexts[n:],
