@@ -87,8 +87,8 @@ class _Graphs:
         self._logits: dict[Key, torch.Tensor] = {}
 
     def run_all(self) -> None:
-        """The forward passes of all keys, without recording them."""
-        for key in self._keys:
+        """The forward passes of all keys, without recording them; the smallest first, whose kernels compile longest."""
+        for key in reversed(self._keys):
             self._forward(*key)
 
     def capture(self, what: str, show_progress: bool, pool: Any = None) -> Any:

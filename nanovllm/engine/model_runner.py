@@ -27,6 +27,7 @@ from nanovllm.engine.sampling_inputs import SamplingInputs
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.staging import IN_FLIGHT
 from nanovllm.kernels.compile_ahead import compile_together
+from nanovllm.kernels.sample import sample
 from nanovllm.kernels.sample_cut import sample_rows
 from nanovllm.layers.attention.backend import AttentionMetadata
 from nanovllm.layers.forward_batch import ForwardBatch, KVCaches
@@ -125,12 +126,19 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _rehearse(self) -> None:
-        """All that a start launches, and the plain ways to sample, over a throw-away cache: see `compile_together`."""
+        """All that a start launches, over a throw-away cache, and what a first request samples with.
+
+        For `compile_together`: none of our kernels runs.
+        """
         self.caches = self._allocate(1)
         if self.graphs is not None and self.chunk_graphs is not None:
-            self.graphs.run_all()  # first, for their kernels take longest
+            self.graphs.run_all()
             self.chunk_graphs.run_all()
         self._profile()
+        row = self.sampling.view(1)
+        logits = torch.zeros(1, self.model_config.vocab_size, dtype=self.dtype, device=self.device)
+        sample(logits, row.temperature, row.seeds, row.positions)
+        sample_rows(logits, row)
         self.caches = []
 
     @torch.inference_mode()

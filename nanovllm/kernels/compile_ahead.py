@@ -16,6 +16,7 @@ import contextlib
 import contextvars
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from typing import Any
@@ -151,7 +152,8 @@ def _rehearse(rehearse: Callable[[], object], show_progress: bool) -> None:
     from triton.runtime._async_compile import active_mode
 
     threads = min(usable_cores(), MAX_THREADS)
-    with ThreadPoolExecutor(threads, thread_name_prefix="nanovllm-compile") as pool:
+    # Triton changes the filters of warnings and sets them back, which threads do to each other's: all is undone here.
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads, thread_name_prefix="nanovllm-compile") as pool:
         rehearsal = _Rehearsal(pool)
         active_mode.set(rehearsal)
         try:
