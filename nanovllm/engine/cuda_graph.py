@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from nanovllm.kernels.compile_ahead import compile_together
+
 SHORT_CONTEXT = 512
 Key = tuple[int, int]  # (rows, longest context), or (tokens, sequences)
 CHUNK_SIZES = {  # tokens, by sequences
@@ -84,6 +86,11 @@ class _Graphs:
         self._graphs: dict[Key, torch.cuda.CUDAGraph] = {}
         self._logits: dict[Key, torch.Tensor] = {}
 
+    def run_all(self) -> None:
+        """The forward passes of all keys, without recording them; the smallest first, whose kernels compile longest."""
+        for key in reversed(self._keys):
+            self._forward(*key)
+
     def capture(self, what: str, show_progress: bool, pool: Any = None) -> Any:
         """Record all of them, in the order of the keys: the largest first, so that the others fit into its memory pool.
 
@@ -98,7 +105,8 @@ class _Graphs:
             for key in tqdm(
                 self._keys, desc=f"Capturing CUDA graphs of {what}", disable=not show_progress, leave=False
             ):
-                self._forward(*key)  # compiles kernels and fills the caches that a recording must not touch
+                # Compiles kernels and fills the caches that a recording must not touch.
+                compile_together(functools.partial(self._forward, *key), self.run_all, show_progress)
                 stream.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(*([pool] if pool is not None else []))

@@ -26,6 +26,8 @@ from nanovllm.engine.loading import LoadedModel, load_model
 from nanovllm.engine.sampling_inputs import SamplingInputs
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.staging import IN_FLIGHT
+from nanovllm.kernels.compile_ahead import compile_together
+from nanovllm.kernels.sample import sample
 from nanovllm.kernels.sample_cut import sample_rows
 from nanovllm.layers.attention.backend import AttentionMetadata
 from nanovllm.layers.forward_batch import ForwardBatch, KVCaches
@@ -79,15 +81,20 @@ class ModelRunner:
             config.kvcache_block_size,
             self.device,
         )
-        self.num_blocks = self._plan_kv_cache()
-        self.caches: KVCaches = self._allocate(self.num_blocks)
         self.sampling = SamplingInputs(config.max_num_seqs, self.inputs.positions, self.device)
         self._host_tokens, self._echo = self._pinned_tokens(), self._pinned_tokens()  # copied there; sent by graphs
         self._num_launched = 0
         self.graphs: DecodeGraphs | None = None
         self.chunk_graphs: ChunkGraphs | None = None
         if self.device.type == "cuda" and not config.enforce_eager and self.loaded.backend.graph_safe:
-            self._record_graphs()
+            sizes = graph_sizes(config.max_num_seqs)
+            self.graphs = DecodeGraphs(self.decode_and_sample, sizes, self.max_model_len, self.loaded.fused_rows)
+            chunks = chunk_sizes(self.token_budget, config.max_num_seqs, self.max_model_len)
+            self.chunk_graphs = ChunkGraphs(self.forward_chunks, chunks)
+        self.caches: KVCaches = []
+        self.num_blocks = self._plan_kv_cache()
+        self.caches = self._allocate(self.num_blocks)
+        self._record_graphs()
 
     # -- start-up ----------------------------------------------------------------------------------------------------
 
@@ -98,7 +105,7 @@ class ModelRunner:
         memory = None
         if self.device.type == "cuda":
             try:
-                self._profile()
+                compile_together(self._profile, self._rehearse, config.show_progress)
             except torch.OutOfMemoryError as error:
                 raise ValueError(
                     f"{self.device} has no memory left for a step of max_num_batched_tokens={self.token_budget} with "
@@ -118,15 +125,29 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
+    def _rehearse(self) -> None:
+        """All that a start launches, over a throw-away cache, and what a first request samples with.
+
+        For `compile_together`: none of our kernels runs.
+        """
+        self.caches = self._allocate(1)
+        if self.graphs is not None and self.chunk_graphs is not None:
+            self.graphs.run_all()
+            self.chunk_graphs.run_all()
+        self._profile()
+        row = self.sampling.view(1)
+        logits = torch.zeros(1, self.model_config.vocab_size, dtype=self.dtype, device=self.device)
+        sample(logits, row.temperature, row.seeds, row.positions)
+        sample_rows(logits, row)
+        self.caches = []
+
+    @torch.inference_mode()
     def _record_graphs(self) -> None:
-        config = self.config
-        sizes = graph_sizes(config.max_num_seqs)
-        self.graphs = DecodeGraphs(self.decode_and_sample, sizes, self.max_model_len, self.loaded.fused_rows)
-        pool = self.graphs.capture("decodes", config.show_progress)
+        if self.graphs is None or self.chunk_graphs is None:
+            return
+        pool = self.graphs.capture("decodes", self.config.show_progress)
         self.inputs.agree()  # what is run before it is recorded takes turns too
-        chunks = chunk_sizes(self.token_budget, config.max_num_seqs, self.max_model_len)
-        self.chunk_graphs = ChunkGraphs(self.forward_chunks, chunks)
-        self.chunk_graphs.capture("prefill", config.show_progress, pool)
+        self.chunk_graphs.capture("prefill", self.config.show_progress, pool)
 
     @torch.inference_mode()
     def _profile(self) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from nanovllm.kernels.compile_ahead import kernel_class
 from nanovllm.kernels.launch_config import Gpu
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def _materialise(module: dict[str, Any]) -> None:
                 argument: tl.constexpr if "constexpr" in str(annotation) else annotation
                 for argument, annotation in function.__annotations__.items()
             }
-            module[name] = triton.jit(function, **kernel.options)
+            module[name] = (triton.jit if interpreting() else kernel_class())(function, **kernel.options)
 
 
 def interpreting() -> bool:
