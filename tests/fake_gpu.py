@@ -29,7 +29,13 @@ GPU = Gpu(num_sms=132, shared_memory=227 * 1024, pdl=True)
 
 
 class Driver:
-    """What `JITFunction.run` asks the active driver."""
+    """What `JITFunction.run` asks the active driver, and the threads that made launchers."""
+
+    def __init__(self) -> None:
+        self.launchers: list[str] = []
+
+    def launcher_cls(self, src: Any, metadata: Any) -> None:
+        self.launchers.append(threading.current_thread().name)
 
     def get_current_device(self) -> int:
         return 0
@@ -47,6 +53,7 @@ class Compiler:
     """`triton.compile` without its work: who compiled what, found what on disk and launched what."""
 
     def __init__(self) -> None:
+        self.driver = Driver()
         self.disk: set[str] = set()
         self.compiled: dict[str, str] = {}  # what, and the thread's name
         self.hits: list[str] = []
@@ -84,7 +91,7 @@ class Compiler:
 class Compiled:
     """A kernel to be launched."""
 
-    function = packed_metadata = None
+    function = packed_metadata = src = metadata = None
 
     def __init__(self, key: str, launched: list[str]) -> None:
         self.key, self.launched = key, launched
@@ -111,8 +118,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Compiler:
     monkeypatch.setattr(F, "linear", lambda x, weight, bias=None: x.new_empty((*x.shape[:-1], weight.shape[0])))
     for name in ("empty_cache", "synchronize", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda *args: None)
-    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     compiler = Compiler()
+    monkeypatch.setattr(triton.runtime.driver, "_active", compiler.driver)
     monkeypatch.setattr(triton.compiler, "compile", compiler)
     compiler.new_process(monkeypatch)
     return compiler

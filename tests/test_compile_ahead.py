@@ -86,6 +86,7 @@ def test_a_start_compiles_what_it_has_rehearsed(
     sample_rows(logits, row)
     assert set(compiler.launched) == set(compiler.compiled), "a kernel was compiled for nothing"
     assert len(compiled_here(compiler)) == 1 == len(compiler.hits) and len(compiler.compiled) >= 15
+    assert sum(name.startswith("nanovllm-compile") for name in compiler.driver.launchers) == len(compiler.compiled)
     assert_nothing_is_left()
 
     compiler.new_process(monkeypatch)

@@ -61,7 +61,7 @@ class _Later:
 
     def __init__(self, compile: Callable[[], Any], finalize: Callable[[Any], object], pool: Executor) -> None:
         self._compile, self._finalize = compile, finalize
-        self.future: Future[Any] = pool.submit(compile)
+        self.future: Future[Any] = pool.submit(_with_launcher, compile)
         self._kernel: Any = None
 
     def result(self) -> Any:
@@ -77,6 +77,16 @@ class _Later:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.result(), name)
+
+
+def _with_launcher(compile: Callable[[], Any]) -> Any:
+    """The kernel, and in Triton's cache the C function that launches it, if this Triton makes one for each."""
+    from triton.runtime import driver
+
+    kernel = compile()
+    with contextlib.suppress(Exception):  # what is wrong with it, the launch will say
+        driver.active.launcher_cls(kernel.src, kernel.metadata)
+    return kernel
 
 
 class _Rehearsal:

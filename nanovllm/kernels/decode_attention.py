@@ -78,7 +78,9 @@ def _decode_kernel(
         top = new_top
 
     acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]  # context 0 (a padding row): zeros
-    whole = (end == context) & (begin == first_key(context, window, HAS_WINDOW, BLOCK_N))
+    whole = True
+    if plan is not None or SPLITS > 1:
+        whole = (end == context) & (begin == first_key(context, window, HAS_WINDOW, BLOCK_N))
     if whole:
         tl.store(out + sequence.to(tl.int64) * out_stride + query_offset, acc, mask=inside)
     else:

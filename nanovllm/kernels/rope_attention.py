@@ -208,7 +208,10 @@ def _rope_attention_kernel(
     row = tl.arange(0, ROWS)[:, None]
     first_row = sequence.to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP
     written = (row < GROUP) & (dim < HEAD_DIM)[None, :]
-    if (end == context) & (begin == first_key(context, window, HAS_WINDOW, BLOCK_N)):  # all its keys
+    whole = True
+    if plan is not None or SPLITS > 1:
+        whole = (end == context) & (begin == first_key(context, window, HAS_WINDOW, BLOCK_N))
+    if whole:
         tl.store(out + (first_row + row) * HEAD_DIM + dim[None, :], acc, mask=written)
     else:
         part = (kv_head * GROUP + tl.arange(0, ROWS)).to(tl.int64) * (tl.num_programs(0) // KV_HEADS) + slot
