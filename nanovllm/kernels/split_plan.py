@@ -43,7 +43,7 @@ def first_key(context, window, HAS_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
     """Where the first tile starts: 0, or the tile that holds the oldest visible key."""
     if HAS_WINDOW:
         return tl.maximum(context - window, 0) // BLOCK_N * BLOCK_N
-    return context * 0
+    return 0
 
 
 @jit()
