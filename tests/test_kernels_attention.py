@@ -168,6 +168,9 @@ SHARED = [
     ([640] * 3, None, DecodeConfig(16, 1, 16, 4, 2, spare=2), [1, 1, 1]),  # none is long
     ([16, 4000, 0, 16], None, DecodeConfig(16, 4, 16, 4, 2), [1, 13, 1, 1]),  # what short ones leave
     ([16, 4000, 16], None, DecodeConfig(16, 1, 16, 4, 2, spare=5), [1, 6, 1]),
+    ([16, 4000, 16], None, DecodeConfig(16, 1, 16, 4, 2, spare=5, keep_whole=1), [1, 3, 1]),  # none below the mean
+    ([500, 800, 600], None, DecodeConfig(16, 1, 16, 4, 2, spare=2, keep_whole=2), [1, 1, 1]),
+    ([16, 1000, 16], None, DecodeConfig(16, 9, 128, 4, 2), [1, 8, 1]),  # min_split
     ([320, 640, 960], None, DecodeConfig(32, 3, 32, 4, 2), [2, 3, 4]),  # in proportion, in whole tiles
     ([100, 40], None, DecodeConfig(16, 64, 16, 4, 2), [7, 3]),  # no more than there are tiles
     ([900, 50], 64, DecodeConfig(16, 4, 16, 4, 2), [3, 2]),  # a window counts as what it shows

@@ -53,7 +53,8 @@ class DecodeConfig:
     """Decode attention: tiles of `block_n` keys, and for each KV head `splits` programs a sequence and `spare` ones.
 
     That is how many there are; the sequences share them by length, one at least for each. `min_split` is the fewest
-    keys worth a program of their own; a multiple of `block_n`. `max_registers`, for `rope_attention` alone and at most
+    keys worth a program of their own; a multiple of `block_n`. Nor are splits shorter than `keep_whole` times the mean
+    length of the sequences. `max_registers`, for `rope_attention` alone and at most
     16 query heads a KV head, caps those of a thread; None leaves it to the compiler.
     """
 
@@ -64,10 +65,11 @@ class DecodeConfig:
     num_stages: int
     max_registers: int | None = None
     spare: int = 0
+    keep_whole: int = 0
 
     def slots(self, num_seqs: int) -> int:
-        """Programs of each KV head."""
-        return num_seqs * self.splits + self.spare
+        """Programs of each KV head. A sequence by itself has its `splits`: nobody is short of what it leaves."""
+        return num_seqs * self.splits + (self.spare if num_seqs > 1 else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,7 @@ def decode_config(
 
     A lone sequence needs short splits to reach every SM, and a deeper pipeline where at most two programs share one.
     A full batch needs no split, except that one long sequence among short ones must not finish last: long splits, but
-    many (64 sequences of 200 tokens and one of 16,000: 66 us with 16 splits, 60 with 32).
+    room for many.
     Qwen3-0.6B (16 query heads, 8 KV heads of 128, bf16), contexts 100 to 2000: 188 us for 131 sequences (2.75 TB/s),
     29 us for 16; one sequence of 1,024 keys 7.3 us. Tiles of 32 keys and 2 warps are as fast in large batches. Merging
     inside the last program of a sequence, without a second kernel: 2 to 20 % slower up to 16 sequences, 1 % faster
@@ -154,14 +156,19 @@ def rope_attention_config(
 
     Eight, beyond 512 keys: 4 splits in registers 36.1 and 70.8, two in three stages 33.9 and 67.1. Sixteen, up to 512
     keys: no splits 29.1, three stages 30.3; beyond, 4 splits in registers 50.0 and 124; no splits in three stages 47.2
-    and 113, in four 47.9 and 116, room for four splits of 4,096 keys, so that a long sequence among short ones is no
-    program's alone, 47.7 and 115. More programs than SMs, 32 sequences at 256 / 1,024: tiles of 64 in three stages 52.1
+    and 113, in four 47.9 and 116. More programs than SMs, 32 sequences at 256 / 1,024: tiles of 64 in three stages 52.1
     / 85.4, of 128 in registers 55.1 / 93.7.
+
+    Full batches have one program a sequence; where contexts may be long also `spare` ones, fewer than one for each, so
+    that sequences of equal length are not split. One of 16,384 keys among others of 256, 16 / 64 sequences: 149 and
+    203 without, 66 and 78 with; 31 instead of 15 spare ones for sixteen slower by 5. Where programs fill three SMs of
+    four, sequences below twice the mean stay whole: of 1,800 to 2,200 keys, 16 / 32 sequences 72.0 / 118.8, split 78.1
+    / 131.6, before 72.1 / 116.8. Nine are faster split: 56.9 instead of 57.6, and of 100 to 2,000 keys 46.6, 53.2.
     """
     if element_size == 4 or head_dim > 128:
         return decode_config(num_seqs, num_kv_heads, head_dim, element_size, max_context_len, gpu)
     programs, short = num_seqs * num_kv_heads, max_context_len <= 512
-    block_n, stages, max_registers, min_split, splits, spare = 128, 1, None, 128, 1, 0
+    block_n, stages, max_registers, min_split, splits, spare, keep_whole = 128, 1, None, 128, 1, 0, 0
     if programs <= 8:
         num_warps, splits = 8, 16
     elif programs <= 48:
@@ -179,11 +186,13 @@ def rope_attention_config(
         spare = num_seqs - 1 if splits == 1 and max_context_len > SHARED_BEYOND else 0
     if max_context_len <= min_split:
         splits, spare = 1, 0
+    if spare and 4 * programs > 3 * gpu.num_sms:
+        keep_whole = 2
     row_bytes = next_power_of_2(head_dim) * element_size
     # A pipeline keeps one tile less than it has stages; a lone tile passes through half by half. 16 KB for the rest.
     while max(stages - 1, 1) * 2 * block_n * row_bytes > gpu.shared_memory - 16384:
         block_n //= 2
-    return DecodeConfig(block_n, splits, min_split, num_warps, stages, max_registers, spare)
+    return DecodeConfig(block_n, splits, min_split, num_warps, stages, max_registers, spare, keep_whole)
 
 
 def _stages_that_fit(stages: int, fixed: int, a_stage: int, gpu: Gpu) -> int:
