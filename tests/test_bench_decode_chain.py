@@ -86,7 +86,7 @@ def test_a_linear_that_is_none(text: str, sentence: str) -> None:
         linear_choice(text)
 
 
-@pytest.mark.parametrize("text", ["128,16,128", "a,1,1,1", "96,4,96,4", "128,0,128,4", "128,4,100,4", "128,4,128,3"])
+@pytest.mark.parametrize("text", ["128,16,128", "a,1,1,1", "96,4,96,4", "128,65,128,4", "128,4,100,4", "128,4,128,3"])
 def test_an_attention_that_cannot_run(text: str) -> None:
     with pytest.raises(ArgumentTypeError, match=text):
         attention_config(text)

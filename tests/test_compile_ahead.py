@@ -85,6 +85,14 @@ def test_a_start_compiles_what_it_has_rehearsed(
     sample(logits, row.temperature, row.seeds, row.positions)
     sample_rows(logits, row)
     assert set(compiler.launched) == set(compiler.compiled), "a kernel was compiled for nothing"
+    if runner.loaded.fused_rows:
+        compiler.launched.clear()
+        with torch.inference_mode():
+            runner.decode_and_sample(3, runner.max_model_len)
+        names = [key.split()[0] for key in compiler.launched]
+        # Attention reads the plan before it waits, so it must be there before the first dependent is launched.
+        assert names.index("_embed_kernel") == 1 + names.count("_plan_kernel")
+        assert "_plan_kernel" in names or case != "qwen3"
     assert len(compiled_here(compiler)) == 1 == len(compiler.hits) and len(compiler.compiled) >= 15
     assert sum(name.startswith("nanovllm-compile") for name in compiler.driver.launchers) == len(compiler.compiled)
     assert_nothing_is_left()
@@ -238,6 +246,41 @@ def test_another_listener_hears_everything(compiler: fake_gpu.Compiler) -> None:
     finally:
         settings.listener = None
     assert heard.count(False) == 3
+
+
+def test_starts_that_overlap_leave_the_listener_as_it_was() -> None:
+    settings: Any = triton.knobs.compilation
+    settings.listener = listener = lambda **event: None
+    entered, hold = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with compile_ahead._watch.here():
+            entered.set()
+            hold.wait()
+
+    thread = threading.Thread(target=other)
+    try:
+        with compile_ahead._watch.here():
+            thread.start()
+            entered.wait()
+        assert settings.listener is compile_ahead._watch
+        hold.set()
+        thread.join()
+        assert settings.listener is listener
+    finally:
+        hold.set()
+        settings.listener = None
+
+
+def test_what_catches_everything_does_not_catch_a_missing_kernel(compiler: fake_gpu.Compiler) -> None:
+    def work() -> None:
+        try:
+            norms()
+        except Exception:
+            pytest.fail("swallowed")
+
+    compile_together(work, everything, show_progress=False)
+    assert len(compiled_here(compiler)) == 1
 
 
 @pytest.mark.parametrize("why", ["one core", "an older Triton"])

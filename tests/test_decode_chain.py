@@ -15,7 +15,7 @@ from tiny_models import save_model
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels.chain_config import MAX_FUSED_ROWS, chain_rows, linear_config
 from nanovllm.kernels.fusion_config import ELEMENT_SIZES, UNFUSED, Problem
-from nanovllm.kernels.launch_config import H100, Gpu, next_power_of_2, rope_attention_config
+from nanovllm.kernels.launch_config import H100, DecodeConfig, Gpu, next_power_of_2, rope_attention_config
 
 OPTIONS = dict(
     dtype="float32", device="cpu", attention_backend="triton", max_model_len=64, num_kvcache_blocks=32,
@@ -129,6 +129,19 @@ def test_two_attention_programs_share_an_sm(gpu: Gpu, context: int) -> None:
         assert config.splits == 1 or 2 * programs * config.splits <= 3 * gpu.num_sms
         more = 2 * programs * (config.splits + 1) <= 3 * gpu.num_sms
         assert not more or (context <= 512 and config.splits == 8), "as many as there is room for"
+
+
+@pytest.mark.parametrize("num_seqs", [9, 12, 13, 16, 17, 32, 64])
+def test_full_batches_keep_programs_for_long_sequences(num_seqs: int) -> None:
+    """Fewer than one for each, so that equal lengths stay whole; none where no sequence can be long."""
+    config = rope_attention_config(num_seqs, 8, 128, 2, 40960, H100)
+    assert config.splits == 1 and config.slots(num_seqs) - num_seqs == min(num_seqs - 1, 31)
+    assert config.keep_whole == (2 if num_seqs > 12 else 0)
+    assert rope_attention_config(num_seqs, 8, 128, 2, 8192, H100).slots(num_seqs) == num_seqs
+
+
+def test_a_sequence_by_itself_has_no_use_for_spare_programs() -> None:
+    assert DecodeConfig(64, 4, 64, 4, 2, spare=7).slots(1) == 4
 
 
 @pytest.mark.parametrize(("seqs", "dim", "size"), [(1, 128, 2), (7, 128, 2), (64, 128, 2), (4, 256, 2), (4, 128, 4)])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from harness.records import Record, git_commit, read, write
 from harness.session import Entrant, Plan, last_run, unfinished
 from harness.work import Shape
 
-from nanovllm.tuning.turns import in_turns, percentiles
+from nanovllm.tuning.turns import balanced_orders, in_turns, percentiles
 
 SHAPE = Shape(SHAPES["Qwen3-0.6B"])
 
@@ -92,6 +94,19 @@ def test_turns_go_back_and_forth() -> None:
     order: list[str] = []
     found = in_turns({name: lambda turn, name=name: order.append(name) or turn for name in "abc"}, 3)
     assert order == [*"abc", *"cba", *"abc"] and found == {name: [0, 1, 2] for name in "abc"}
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_balanced_orders_favour_nobody(count: int) -> None:
+    orders = balanced_orders(count)
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    places = Counter((i, place) for order in orders for place, i in enumerate(order))
+    assert set(places.values()) == {len(orders) // count} and len(places) == count**2
+    neighbours = Counter(pair for order in orders for pair in itertools.pairwise(order))
+    assert len(neighbours) == count * (count - 1) and len(set(neighbours.values())) <= 1
+    order: list[str] = []
+    in_turns({str(i): lambda turn, i=i: order.append(str(i)) for i in range(count)}, len(orders), balanced=True)
+    assert order == [str(i) for row in orders for i in row]
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,16 @@ def test_forms(device: str, dtype: torch.dtype, case: tuple, num_stages: int, sp
     assert not result[made.contexts.index(0)].any()
 
 
+@pytest.mark.parametrize("num_stages", [1, 2])
+@tiers(small=[([70, 30, 1], 2, 1, 32, 8, 20, False)], large=[([700, 300, 1], 4, 2, 64, 32, 100, True)])
+def test_whole_behind_a_window(device: str, dtype: torch.dtype, case: tuple, num_stages: int) -> None:
+    """Sequences of one split among shared slots, whose first tile is not at key 0."""
+    made = Case(device, dtype, *case)
+    block_n = 16 if case[3] == 32 else 64
+    config = DecodeConfig(block_n, 2, 2 * block_n, num_warps=4, num_stages=num_stages)
+    judge(made.run(config), made.expected(None), made.expected(dtype))
+
+
 @pytest.mark.parametrize("splits", [1, 2, 5])
 @tiers(small=[SMALL[0], SMALL[2]], large=LARGE[:1])
 def test_splits_and_append(device: str, dtype: torch.dtype, case: tuple, splits: int) -> None:
@@ -127,7 +137,7 @@ def test_splits_and_append(device: str, dtype: torch.dtype, case: tuple, splits:
     made = Case(device, dtype, *case)
     k_cache, v_cache = made.paged.k_cache.clone(), made.paged.v_cache.clone()
     page = case[4]
-    config = DecodeConfig(16, splits, 16, num_warps=4, num_stages=2)
+    config = DecodeConfig(16, splits, 16, num_warps=4, num_stages=2, spare=0 if splits > 1 else 2)
     first = made.run(config)
     judge(first, made.expected(None), made.expected(dtype))
     slots = [s[0] * page + s[1] if c else -1 for c, s in ((c, made.slot(i)) for i, c in enumerate(made.contexts))]

@@ -42,8 +42,8 @@ def attention_config(text: str) -> DecodeConfig:
         raise argparse.ArgumentTypeError(f"{text!r} is not BLOCK_N,SPLITS,MIN_SPLIT,WARPS") from error
     if any(n < 1 or n & (n - 1) for n in (block_n, num_warps)) or block_n < 16:
         raise argparse.ArgumentTypeError(f"{text!r}: BLOCK_N (16 or more) and WARPS are powers of two")
-    if splits < 1 or min_split < 1 or min_split % block_n:
-        raise argparse.ArgumentTypeError(f"{text!r}: SPLITS is 1 or more, and MIN_SPLIT a multiple of BLOCK_N")
+    if not 1 <= splits <= 64 or min_split < 1 or min_split % block_n:
+        raise argparse.ArgumentTypeError(f"{text!r}: SPLITS is 1 to 64, and MIN_SPLIT a multiple of BLOCK_N")
     return DecodeConfig(block_n, splits, min_split, num_warps, num_stages=1)
 
 

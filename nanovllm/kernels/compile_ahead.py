@@ -27,8 +27,8 @@ from nanovllm.utils.progress import progress_bar
 MAX_THREADS = 16  # the part that holds the lock leaves no work for more
 
 
-class _MissingError(Exception):
-    """A kernel had to be compiled: the work is abandoned, rehearsed and done again."""
+class _Missing(BaseException):
+    """A kernel had to be compiled: the work is abandoned, rehearsed, done again. No `except Exception` may stop it."""
 
 
 @functools.cache
@@ -84,8 +84,7 @@ def _with_launcher(compile: Callable[[], Any]) -> Any:
     from triton.runtime import driver
 
     kernel = compile()
-    with contextlib.suppress(Exception):  # what is wrong with it, the launch will say
-        driver.active.launcher_cls(kernel.src, kernel.metadata)
+    driver.active.launcher_cls(kernel.src, kernel.metadata)  # what is wrong with it, the kernel's launch will say
     return kernel
 
 
@@ -115,9 +114,10 @@ class _Rehearsal:
 def compile_together(work: Callable[[], object], rehearse: Callable[[], object], show_progress: bool) -> None:
     """Run `work`; if it meets a kernel that has never been compiled, compile those of `rehearse` side by side first.
 
-    `work` is then begun again, so it must bear to be abandoned at any launch. `rehearse` runs without a single kernel
-    of this package: what they would have written is undefined, and must neither be looked at nor decide anything.
-    Both run in this thread. Raises what `work` and `rehearse` raise.
+    `work` is then begun again, so it must bear to be abandoned at any launch: not inside a collective, whose other
+    ranks may have found their kernels. `rehearse` runs without a single kernel of this package: what they would have
+    written is undefined, and must neither be looked at nor decide anything. Both run in this thread. Raises what they
+    raise.
     """
     import triton
 
@@ -125,37 +125,53 @@ def compile_together(work: Callable[[], object], rehearse: Callable[[], object],
         work()
         return
     try:
-        with _first_compilation_raises():
+        with _watch.here():
             work()
         return
-    except _MissingError:
+    except _Missing:
         pass  # out of here its traceback is gone, and with it the memory of the work's tensors
     # In a context of its own, Triton's mode ends with it, whatever happens.
     contextvars.copy_context().run(_rehearse, rehearse, show_progress)
     work()
 
 
-@contextlib.contextmanager
-def _first_compilation_raises() -> Iterator[None]:
-    """`_MissingError` in this thread when Triton has compiled a kernel. It is in the cache by then."""
-    from triton import knobs
+class _Watch:
+    """Triton's listener while starts run: it tells the user's, and raises in their threads.
 
-    settings: Any = knobs.compilation
-    previous, thread, watching = settings.listener, threading.get_ident(), True
+    Starts may overlap in several threads: the first puts it in place, the last takes it away.
+    """
 
-    def listener(**event: Any) -> None:
-        if previous is not None:
-            previous(**event)
-        if watching and not event["cache_hit"] and threading.get_ident() == thread:
-            raise _MissingError
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._threads: set[int] = set()
+        self._users: Callable[..., None] | None = None
 
-    settings.listener = listener
-    try:
-        yield
-    finally:
-        watching = False  # another thread's listener may hold on to it
-        if settings.listener is listener:
-            settings.listener = previous
+    def __call__(self, **event: Any) -> None:
+        if self._users is not None:
+            self._users(**event)
+        if not event["cache_hit"] and threading.get_ident() in self._threads:
+            raise _Missing
+
+    @contextlib.contextmanager
+    def here(self) -> Iterator[None]:
+        """`_Missing` in this thread when Triton has compiled a kernel. It is in the cache by then."""
+        from triton import knobs
+
+        settings: Any = knobs.compilation
+        try:
+            with self._lock:
+                self._threads.add(threading.get_ident())
+                if settings.listener is not self:
+                    self._users, settings.listener = settings.listener, self
+            yield
+        finally:
+            with self._lock:
+                self._threads.discard(threading.get_ident())
+                if not self._threads and settings.listener is self:
+                    settings.listener = self._users
+
+
+_watch = _Watch()
 
 
 def _rehearse(rehearse: Callable[[], object], show_progress: bool) -> None:

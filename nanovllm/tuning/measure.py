@@ -60,7 +60,7 @@ class Result:
     def best(self, *, dependent: bool = False) -> str:
         """The fastest fused configuration, or "unfused" if none passed. `dependent`: it may be a dependent launch."""
         allowed = [name for name in self.turns if "/" in name and (dependent or not is_dependent(name))]
-        return min(allowed, key=self.us, default="unfused")
+        return max(allowed, key=lambda name: self.speedup(name, "unfused"), default="unfused")
 
     def choice(self, *, dependent: bool = False) -> str:
         """What the table should say."""
