@@ -14,7 +14,7 @@ import pytest
 from tiny_models import save_model
 
 from nanovllm import AsyncLLM, SamplingParams
-from nanovllm.async_llm import _Subscriber
+from nanovllm.async_llm import _wake
 
 LONG = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
 SMALL: dict[str, Any] = dict(max_model_len=128, num_kvcache_blocks=64, max_num_batched_tokens=64, max_num_seqs=8)
@@ -180,9 +180,8 @@ def test_an_event_loop_never_waits_for_a_step(model: str, monkeypatch: pytest.Mo
 
 
 def test_a_closed_event_loop_does_not_stop_the_others() -> None:
-    def closed(callback: Any) -> None:
+    def closed(callback: Any, *arguments: Any) -> None:
         raise RuntimeError("Event loop is closed")
 
     loop: Any = SimpleNamespace(is_closed=lambda: False, call_soon_threadsafe=closed)  # closed since it was asked
-    request: Any = SimpleNamespace(version=1)
-    _Subscriber(request, loop).publish()
+    _wake(loop, [])

@@ -16,7 +16,9 @@ from __future__ import annotations
 import itertools
 import logging
 import random
+import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -174,6 +176,9 @@ class LLMEngine:
         then, for what the failed one left in the runner's buffers belongs to nobody.
         """
         batch = self.scheduler.schedule()
+        for seq in batch.admitted:
+            request, _ = self._owner[seq.seq_id]
+            request.scheduled_time = request.scheduled_time or time.monotonic()
         if batch.is_empty:
             return StepInfo(0, 0)
         try:
@@ -291,15 +296,24 @@ class LLMEngine:
         messages: Sequence[dict[str, Any]],
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> dict[str, Any]:
         """A conversation as a prompt: {"prompt": text, "prompt_token_ids": ids}. The template writes its own BOS.
 
         `template_kwargs` reach the template by name; TypeError for a misspelt one, a warning for one it does not read.
+        `continue_final_message`: the prompt ends where the last message does, so that the answer goes on with it.
         """
         tokenizer, extra = self.require_tokenizer(), template_kwargs or {}
         if tokenizer.chat_template is not None:
             tokenizer.chat_template.check_names(extra)
-        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=add_generation_prompt, **extra)
+        messages, mark = list(messages), ""
+        if continue_final_message:
+            mark = f"<{secrets.token_hex(16)}>"  # templates trim and wrap the message; what they cannot know is its end
+            messages[-1] = {**messages[-1], "content": f"{messages[-1]['content']}{mark}"}
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **extra)
+        if mark and mark not in text:
+            raise ValueError("the chat template does not show the last message, so it cannot be continued")
+        text = text.partition(mark)[0] if mark else text
         return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 
     def _tokenize(self, prompt: Any) -> tuple[str | None, list[int]]:

@@ -7,7 +7,7 @@ its metadata (`gguf_tokenizer`). Only models whose tokenizer is Python code of `
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,6 +142,19 @@ class Tokenizer:
         token_id: int | None = self.backend.token_to_id(token)
         return token_id
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for: of a byte-level tokenizer perhaps a part of a character, else its text in UTF-8."""
+        if not self.is_byte_level:
+            return self.decode([token_id], skip_special_tokens=False).encode("utf-8")
+        token = self.id_to_token(token_id)
+        if token is None:
+            return b""
+        alphabet = byte_alphabet()
+        try:
+            return bytes(alphabet[character] for character in token)
+        except KeyError:  # an added token in plain text
+            return token.encode("utf-8")
+
     @property
     def vocab_size(self) -> int:
         """Tokens that have a text, added ones included; the model's embedding may be larger."""
@@ -153,7 +166,7 @@ class Tokenizer:
         added = self.backend.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
 
-    @property
+    @cached_property
     def is_byte_level(self) -> bool:
         """Whether a token is a sequence of bytes, whatever stands around it (GPT-2's scheme)."""
         return isinstance(self.backend.decoder, decoders.ByteLevel)
@@ -186,6 +199,14 @@ class Tokenizer:
             raise ValueError(_NO_TEMPLATE)
         variables = {**self.special_tokens, **kwargs}
         return self.chat_template.render(messages, tools, add_generation_prompt=add_generation_prompt, **variables)
+
+
+@lru_cache(maxsize=1)
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's characters for the 256 bytes: printable Latin-1 stands for itself, the others follow from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
 def _text(value: Any) -> str:
