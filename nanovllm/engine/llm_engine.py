@@ -16,7 +16,6 @@ from __future__ import annotations
 import itertools
 import logging
 import random
-import secrets
 import threading
 import time
 from collections import deque
@@ -306,14 +305,8 @@ class LLMEngine:
         tokenizer, extra = self.require_tokenizer(), template_kwargs or {}
         if tokenizer.chat_template is not None:
             tokenizer.chat_template.check_names(extra)
-        messages, mark = list(messages), ""
-        if continue_final_message:
-            mark = f"<{secrets.token_hex(16)}>"  # templates trim and wrap the message; what they cannot know is its end
-            messages[-1] = {**messages[-1], "content": f"{messages[-1]['content']}{mark}"}
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **extra)
-        if mark and mark not in text:
-            raise ValueError("the chat template does not show the last message, so it cannot be continued")
-        text = text.partition(mark)[0] if mark else text
+        ask = tokenizer.continue_chat_template if continue_final_message else tokenizer.apply_chat_template
+        text = ask(list(messages), add_generation_prompt=add_generation_prompt, **extra)
         return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 
     def _tokenize(self, prompt: Any) -> tuple[str | None, list[int]]:

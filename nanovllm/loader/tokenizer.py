@@ -6,6 +6,7 @@ its metadata (`gguf_tokenizer`). Only models whose tokenizer is Python code of `
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -199,6 +200,15 @@ class Tokenizer:
             raise ValueError(_NO_TEMPLATE)
         variables = {**self.special_tokens, **kwargs}
         return self.chat_template.render(messages, tools, add_generation_prompt=add_generation_prompt, **variables)
+
+    def continue_chat_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
+        """`apply_chat_template`, cut where the last message's content ends, so that a model goes on with it."""
+        mark = f"<{secrets.token_hex(16)}>"  # templates trim and wrap a message; this they leave where its end is
+        *earlier, last = messages
+        text = self.apply_chat_template([*earlier, {**last, "content": f"{last.get('content')}{mark}"}], **kwargs)
+        if mark not in text:
+            raise ValueError("the chat template does not show the last message, so it cannot be continued")
+        return text[: text.index(mark)]
 
 
 @lru_cache(maxsize=1)

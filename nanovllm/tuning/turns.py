@@ -14,7 +14,9 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def in_turns(variants: Mapping[str, Callable[[int], T]], rounds: int, *, shuffled: bool = False) -> dict[str, list[T]]:
+def in_turns(
+    variants: Mapping[str, Callable[[int], T]], rounds: int, *, shuffled: bool = False
+) -> dict[str, list[T]]:
     """What each variant returned in rounds 0 to `rounds` - 1, every round going through all, back and forth.
 
     `shuffled`: in an order of its own instead, the same in every run. Back and forth, a variant has the same two
