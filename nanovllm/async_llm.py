@@ -125,9 +125,9 @@ class AsyncLLM:
             while not self._closing:
                 self._read_inbox()
                 step = self.engine.step()
-                self._publish_all()
                 if self.on_step is not None:
                     self.on_step(step)
+                self._publish_all()
                 if step is None:
                     self._wake.wait()
                     self._wake.clear()  # before the conditions are read again, so that no call is missed

@@ -38,8 +38,8 @@ class Style(Protocol):
     def whole(self, choice: Choice, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         """The part of a finished choice that is this endpoint's own."""
 
-    def piece(self, text: str) -> str:
-        """The part of a chunk's choice that carries text, as JSON without its braces; "" at the end."""
+    def piece(self, text: str | None) -> str:
+        """The part of a chunk's choice that carries text, as JSON without its braces; None: the last, without any."""
 
     def opening(self, choice: Choice) -> tuple[str, dict[str, Any] | None] | None:
         """What a choice's stream begins with, as `piece` has it, with log-probabilities; None while it is unknown."""
@@ -149,7 +149,7 @@ class Choice:
         if finished:
             self.closed = True
             reasons = encode(self.ending())[1:-1]
-            said.append(f'{{"index":{self.index},{style.piece("")},"logprobs":null,{reasons}}}')
+            said.append(f'{{"index":{self.index},{style.piece(None)},"logprobs":null,{reasons}}}')
         return said
 
     def _chunk(self, own: str, logprobs: dict[str, Any] | None) -> str:

@@ -45,9 +45,9 @@ class ChatStyle:
         """The message."""
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def piece(self, text: str) -> str:
+    def piece(self, text: str | None) -> str:
         """More of the message."""
-        return f'"delta":{{"content":{encode(text)}}}' if text else '"delta":{}'
+        return '"delta":{}' if text is None else f'"delta":{{"content":{encode(text)}}}'
 
     def opening(self, choice: Choice) -> tuple[str, dict[str, Any] | None] | None:
         """Who speaks comes first."""
@@ -116,11 +116,9 @@ def _message(raw: Any, where: str) -> dict[str, Any]:
     fields = {name: value for name, value in raw.items() if value is not None and value != []}
     role = fields.pop("role", None)
     for name in ("tool_calls", "tool_call_id", "function_call"):
-        if name in fields or role in ("tool", "function"):
-            raise ApiError(
-                f"{where}: this server calls no tools, and its conversations hold none", param=f"{where}.{name}"
-            )
-    if role not in _ROLES if isinstance(role, str) else True:
+        if name in fields:
+            raise ApiError(f"{where}.{name}: calls of tools are not supported", param=f"{where}.{name}")
+    if not isinstance(role, str) or role not in _ROLES:
         raise ApiError(f"{where}.role must be one of {', '.join(_ROLES)}, got {role!r:.80}", param=f"{where}.role")
     message = {"role": _ROLES[role], "content": _content(fields.pop("content", None), f"{where}.content")}
     for name in _PASSED_ON:

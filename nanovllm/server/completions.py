@@ -37,9 +37,9 @@ class CompletionStyle:
         text = _prompt_text(choice) + text if choice.call.echo else text
         return {"text": text} | prompt_logprobs(choice.call, choice.request)
 
-    def piece(self, text: str) -> str:
+    def piece(self, text: str | None) -> str:
         """More text."""
-        return f'"text":{encode(text)}'
+        return f'"text":{encode(text or "")}'
 
     def opening(self, choice: Choice) -> tuple[str, dict[str, Any] | None] | None:
         """The prompt, where it is asked for, with its log-probabilities, for which there is a step to wait."""

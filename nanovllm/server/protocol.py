@@ -39,6 +39,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "priority": (0,),
     "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "structured_outputs": (),
