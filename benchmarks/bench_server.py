@@ -20,6 +20,7 @@ from typing import Any
 
 from nanovllm import AsyncLLM, SamplingParams
 from nanovllm.engine.batch import ScheduledBatch
+from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_runner import StepOutput
 
 
@@ -50,6 +51,7 @@ def load(model: str | None, step_ms: float) -> AsyncLLM:
     llm = AsyncLLM("smollm2", max_model_len=4096, kv_cache_memory_bytes=1 << 28, async_scheduling=True,
                    show_progress=False)  # fmt: skip
     device = PlayedDevice(step_ms / 1e3, llm.engine.require_tokenizer().encode(" hello")[0])
+    llm.engine.scheduler.block_manager = BlockManager(1 << 16, 32)  # blocks that nobody fills cost nothing
     llm.engine.runner.launch = device.launch  # type: ignore[method-assign,assignment]
     llm.engine.runner.collect = device.collect  # type: ignore[method-assign]
     return llm
@@ -105,8 +107,8 @@ async def through_http(url: str, streams: int, tokens: int) -> tuple[float, floa
         first, chunks, tail = 0.0, 0, b""
         while b"[DONE]" not in tail:
             data = await reader.read(1 << 16)
-            chunks += data.count(b'"text":" hello')
-            first = first or (time.perf_counter() if b'"text":" hello' in data else 0.0)
+            chunks += data.count(b'"finish_reason":null')
+            first = first or (time.perf_counter() if b'"finish_reason":null' in data else 0.0)
             tail = data
         writer.close()
         return first, time.perf_counter(), chunks
@@ -121,7 +123,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a real model instead of the played device")
     parser.add_argument("--step-ms", type=float, default=0.5, help="a step of the played device (default: 0.5)")
-    parser.add_argument("--switch-ms", type=float, default=0.5, help="Python's thread switch interval (default: 0.5)")
+    parser.add_argument(
+        "--switch-ms", type=float, default=0.1, help="Python's thread switch interval (default: 0.1, as serve)"
+    )
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--tokens", type=int, default=1024)
     args = parser.parse_args()

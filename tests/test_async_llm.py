@@ -14,7 +14,7 @@ import pytest
 from tiny_models import save_model
 
 from nanovllm import AsyncLLM, SamplingParams
-from nanovllm.async_llm import _wake
+from nanovllm.async_llm import _Subscriber
 
 LONG = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
 SMALL: dict[str, Any] = dict(max_model_len=128, num_kvcache_blocks=64, max_num_batched_tokens=64, max_num_seqs=8)
@@ -179,9 +179,29 @@ def test_an_event_loop_never_waits_for_a_step(model: str, monkeypatch: pytest.Mo
     run(main())
 
 
-def test_a_closed_event_loop_does_not_stop_the_others() -> None:
-    def closed(callback: Any, *arguments: Any) -> None:
-        raise RuntimeError("Event loop is closed")
+def test_a_closed_event_loop_does_not_stop_the_others(model: str) -> None:
+    async def main() -> None:
+        async with AsyncLLM(model, **SMALL, show_progress=False) as llm:
+            loop = asyncio.new_event_loop()
+            loop.close()
+            request = llm.engine.make_request([5], LONG)
+            request.version = 1
+            llm._subscribers["gone"] = _Subscriber(request, loop, asyncio.Event())
+            assert (await last(llm, "mine")).outputs[0].finish_reason == "length"
+            assert llm._subscribers["gone"].published == 1
 
-    loop: Any = SimpleNamespace(is_closed=lambda: False, call_soon_threadsafe=closed)  # closed since it was asked
-    _wake(loop, [])
+    run(main())
+
+
+def test_a_busy_loop_rests_but_hears_the_first_and_the_last() -> None:
+    request: Any = SimpleNamespace(version=0, finished=False)
+    subscriber = _Subscriber(request, None, None)  # type: ignore[arg-type]
+    heard = []
+    for version, finished, rested in (
+        (0, False, True), (1, False, False), (2, False, False), (3, False, True), (3, False, True), (4, False, False),
+        (5, True, False), (5, True, True),
+    ):  # fmt: skip
+        request.version, request.finished = version, finished
+        if subscriber.has_news(rested):
+            heard.append(version)
+    assert heard == [1, 3, 5]

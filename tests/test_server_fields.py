@@ -79,7 +79,7 @@ def test_nulls_neutral_values_and_whole_floats(server: Live) -> None:
     names = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
              "logit_bias", "seed", "n", "max_tokens", "max_completion_tokens", "min_tokens", "stop", "stop_token_ids",
              "ignore_eos", "logprobs", "top_logprobs", "prompt_logprobs", "stream", "stream_options", "tools", "model",
-             "tool_choice", "response_format", "user", "chat_template_kwargs", "reasoning_effort", "unheard_of"]  # fmt: skip # noqa: E501
+             "tool_choice", "response_format", "user", "chat_template_kwargs", "unheard_of"]  # fmt: skip
     plain = {"messages": HI, "max_tokens": 3, "temperature": 0}
     expected = server.post(CHAT, plain)["choices"]
     nulls = dict.fromkeys(names) | plain
@@ -155,7 +155,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [  # path, fields, the field to
     (CHAT, {"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
     (CHAT, {"messages": [{"role": "user", "content": ["Hi"]}]}, "messages[0].content[0]"),
     (CHAT, {"messages": [{"role": "user", "content": [
-        {"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages[0].content[1]"),
+        {"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "x"}}]}]},
+     "messages[0].content[1]"),
     (CHAT, {"messages": [{"role": "user", "content": "a", "colour": "red"}]}, "messages[0].colour"),
     (CHAT, {"messages": [{"role": "tool", "content": "5", "tool_call_id": "x"}]}, "messages[0].tool_call_id"),
     (CHAT, {"messages": [{"role": "tool", "content": "5"}]}, "messages[0].role"),

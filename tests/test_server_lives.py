@@ -39,7 +39,9 @@ def server() -> Iterator[Live]:
 def send(server: Live, body: dict[str, Any]) -> socket.socket:
     """A request on a socket of its own; the answer is not read."""
     data = json.dumps(body).encode()
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer second\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = (
+        f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer second\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
     connection.sendall(head.encode() + data)
     return connection
@@ -196,7 +198,9 @@ def start(model: str, *options: str) -> tuple[subprocess.Popen[str], int]:
 def test_the_command_loads_serves_and_ends(tmp_path: Path) -> None:
     """503 from the first moment, 200 when loaded; SIGTERM lets what runs come to its end, with status 0."""
     save_model("llama", tmp_path)
-    process, port = start(str(tmp_path), "--served-model-name", "one", "two", "--seed", "3", "--num-kvcache-blocks", "99")
+    process, port = start(
+        str(tmp_path), "--served-model-name", "one", "two", "--seed", "3", "--num-kvcache-blocks", "99"
+    )
     server = Live(port, None)  # type: ignore[arg-type]
     try:
         states = []

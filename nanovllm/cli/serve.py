@@ -13,8 +13,8 @@ from nanovllm.config import EngineConfig
 if TYPE_CHECKING:
     from nanovllm.async_llm import AsyncLLM
 
-_EXTRA = {"starlette", "uvicorn", "httptools", "anyio"}
-_SWITCH_S = 0.0005  # the engine's thread never waits longer for the event loop's: about a token's time
+_EXTRA = {"starlette", "uvicorn"}
+_SWITCH_S = 0.0001  # how long the thread of the engine waits for the one of the event loop at most
 KEY_VARIABLE = "NANOVLLM_API_KEY"
 
 
