@@ -69,7 +69,7 @@ def serve(model: str | None, step_ms: float, switch_ms: float, connection: Any) 
         connection.send((asyncio.run(unwatched(llm, streams, tokens)), asyncio.run(watched(llm, streams, tokens))))
     service, sock = Service("model"), listen("127.0.0.1", 0)
     connection.send(address(sock))
-    answer(service, create_app(service), sock, lambda: llm, 1.0, lambda text: None)
+    answer(service, create_app(service), sock, lambda: llm, 1, lambda text: None)
 
 
 async def unwatched(llm: AsyncLLM, streams: int, tokens: int) -> float:

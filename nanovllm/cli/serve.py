@@ -37,7 +37,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--allowed-origins", nargs="+", default=["*"], metavar="ORIGIN", help="web pages that may ask (default: *)"
     )
     group.add_argument(
-        "--shutdown-timeout", type=float, default=10, metavar="S", help="seconds for running requests (default: 10)"
+        "--shutdown-timeout", type=int, default=10, metavar="S", help="seconds for running requests (default: 10)"
     )
     group.add_argument("--debug", action="store_true", help="show a traceback instead of one sentence")
     add_engine_options(parser, seed=True)

@@ -20,6 +20,7 @@ from nanovllm.server.errors import ApiError, unavailable
 if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine
     from nanovllm.engine.request import Completion, Request
+    from nanovllm.loader.tokenizer import Tokenizer
 
 LOWEST_LOGPROB = -9999.0  # what the API says instead of minus infinity, which JSON lacks
 encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
@@ -190,6 +191,14 @@ def make_call(
             stops = bool(params.stop_strings) and engine.tokenizer is None
             raise ApiError(str(error), param="stop" if stops else field_name) from error
     return Call(engine, style, model, requests, id=identity, **options)
+
+
+def tokenizer_of(engine: LLMEngine, param: str) -> Tokenizer:
+    """The engine's tokenizer; ApiError, which blames a field, when it runs without one."""
+    try:
+        return engine.require_tokenizer()
+    except ValueError as error:
+        raise ApiError(str(error), param=param) from error
 
 
 def top(entry: Mapping[int, Logprob]) -> list[tuple[int, Logprob]]:

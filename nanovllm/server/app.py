@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nanovllm import __version__
 from nanovllm.server import errors
-from nanovllm.server.answers import Call
+from nanovllm.server.answers import Call, tokenizer_of
 from nanovllm.server.chat import read_chat, read_conversation, whole_chat
 from nanovllm.server.completions import read_completion
 from nanovllm.server.errors import ApiError, JSONResponse, unavailable
@@ -224,14 +224,14 @@ async def _tokenize(service: Service, request: Request) -> Response:
             return ids
         special = body.flag("add_special_tokens", True)
         try:
-            return engine.require_tokenizer().encode(text, special)
+            return tokenizer_of(engine, "prompt").encode(text, special)
         except ValueError as error:
             raise ApiError(str(error), param="prompt") from error
 
     ids = await _off_loop(body, tokens)
     as_text = body.flag("return_token_strs")
     body.refuse_rest()
-    strings = [engine.require_tokenizer().id_to_token(i) for i in ids] if as_text else None
+    strings = [tokenizer_of(engine, "prompt").id_to_token(i) for i in ids] if as_text else None
     answer = {"count": len(ids), "max_model_len": engine.max_model_len, "tokens": ids, "token_strs": strings}
     return JSONResponse(answer)
 
@@ -243,7 +243,8 @@ async def _detokenize(service: Service, request: Request) -> Response:
     body.refuse_rest()
     if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
         raise ApiError(f"tokens must be a list of token ids from 0 to {vocab_size - 1}", param="tokens")
-    text = await _off_loop(body, lambda: engine.require_tokenizer().decode(ids, skip_special_tokens=False))
+    tokenizer = tokenizer_of(engine, "tokens")
+    text = await _off_loop(body, lambda: tokenizer.decode(ids, skip_special_tokens=False))
     return JSONResponse({"prompt": text})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.sampling_params import MAX_N
-from nanovllm.server.answers import Call, Choice, encode, make_call, number, prompt_logprobs, top
+from nanovllm.server.answers import Call, Choice, encode, make_call, number, prompt_logprobs, tokenizer_of, top
 from nanovllm.server.errors import ApiError
 from nanovllm.server.protocol import Body, read_sampling, read_stream
 
@@ -99,6 +99,8 @@ def read_completion(body: Body, engine: LLMEngine, model: str) -> Call:
         raise ApiError("prompt_logprobs is not available with stream=true", param="prompt_logprobs")
     if echo and alternatives is not None and scored not in (None, alternatives):
         raise ApiError("with echo, logprobs scores the prompt as well: leave prompt_logprobs out", param="echo")
+    if echo:
+        tokenizer_of(engine, "echo")
     max_tokens = body.take("max_tokens", DEFAULT_MAX_TOKENS)
     hidden = echo and max_tokens == 0 and not isinstance(max_tokens, bool)
     n = body.take("n", 1)
@@ -136,6 +138,6 @@ def _tokenized(prompt: Any, engine: LLMEngine, special: bool) -> dict[str, Any]:
     if not isinstance(prompt, str):
         return {"prompt_token_ids": prompt}
     try:
-        return {"prompt": prompt, "prompt_token_ids": engine.require_tokenizer().encode(prompt, special)}
+        return {"prompt": prompt, "prompt_token_ids": tokenizer_of(engine, "prompt").encode(prompt, special)}
     except ValueError as error:
         raise ApiError(str(error), param="prompt") from error

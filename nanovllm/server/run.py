@@ -27,7 +27,8 @@ KEEP_ALIVE_S = 75  # longer than clients keep their idle connections, so that th
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one. OSError, with a sentence, where there is none."""
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        found = {entry[0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        family = socket.AF_INET if socket.AF_INET in found else socket.AF_INET6  # localhost is both
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
         raise OSError(f"cannot listen on {host}:{port}: {error}; choose another --host or --port") from error
@@ -52,7 +53,7 @@ def serve(
     app: ASGIApp,
     sock: socket.socket,
     load: Callable[[], AsyncLLM],
-    grace_s: float,
+    grace_s: int,
     say: Callable[[str], None],
 ) -> bool:
     """Answer until SIGTERM or SIGINT comes; then finish what runs, for `grace_s` seconds at most (twice: at once).
@@ -68,7 +69,7 @@ async def _serve(
     app: ASGIApp,
     sock: socket.socket,
     load: Callable[[], AsyncLLM],
-    grace_s: float,
+    grace_s: int,
     say: Callable[[str], None],
 ) -> bool:
     loop = asyncio.get_running_loop()
@@ -80,7 +81,7 @@ async def _serve(
             access_log=False,
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=max(1, round(grace_s)),
+            timeout_graceful_shutdown=grace_s,
         )
     )
 
