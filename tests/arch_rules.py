@@ -69,8 +69,10 @@ HOMES = {
     "transformers": ("nanovllm/loader/tokenizer.py", "the fallback for tokenizers that exist nowhere else"),
     "starlette": ("nanovllm/server/", "the optional extra"),
     "uvicorn": ("nanovllm/server/", "the optional extra"),
+    "llguidance": ("nanovllm/server/grammar.py", "the optional extra"),
 }
-EXTRA = {"starlette", "uvicorn"}  # of the extra `server`, which only the command line imports, and in a function
+# Of the extra `server`, which only the command line imports, and in a function.
+EXTRA = {"starlette", "uvicorn", "llguidance"}
 LAZY = set(HOMES) - {"triton"} - EXTRA  # imported inside a function, when they are asked for
 
 MUTATORS = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "remove", "discard", "clear"}

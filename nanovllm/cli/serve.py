@@ -13,7 +13,7 @@ from nanovllm.config import EngineConfig
 if TYPE_CHECKING:
     from nanovllm.async_llm import AsyncLLM
 
-_EXTRA = {"starlette", "uvicorn"}
+_EXTRA = {"starlette", "uvicorn", "llguidance"}
 _SWITCH_S = 0.0001  # how long the thread of the engine waits for the one of the event loop at most
 KEY_VARIABLE = "NANOVLLM_API_KEY"
 

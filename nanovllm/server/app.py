@@ -24,6 +24,7 @@ from nanovllm.server.answers import Call, tokenizer_of
 from nanovllm.server.chat import read_chat, read_conversation, whole_chat
 from nanovllm.server.completions import read_completion
 from nanovllm.server.errors import ApiError, JSONResponse, unavailable
+from nanovllm.server.grammar import FIELD, Grammars
 from nanovllm.server.metrics import Metrics
 from nanovllm.server.protocol import Body, parse_json
 from nanovllm.server.streaming import EventStream, events, until_disconnect
@@ -44,6 +45,7 @@ class Service:
         self.model, self.names, self.keys = model, tuple(names) or (model,), tuple(key.encode() for key in keys)
         self.created = int(time.time())
         self.metrics = Metrics(self.names[0])
+        self.grammars = Grammars()
         self.llm: AsyncLLM | None = None
 
     def start(self, llm: AsyncLLM) -> None:
@@ -83,7 +85,7 @@ class Service:
             self.metrics.end(call.requests)
 
 
-Reader = Callable[[Body, "LLMEngine", str], Call]
+Reader = Callable[[Body, "LLMEngine", str, Grammars], Call]
 
 
 def create_app(service: Service, allowed_origins: Sequence[str] = ("*",)) -> Starlette:
@@ -163,15 +165,16 @@ async def _body(request: Request) -> Body:
 
 
 async def _off_loop(body: Body, work: Callable[[], Any]) -> Any:
-    """Run what takes long for long bodies without holding up the streams."""
-    return await asyncio.to_thread(work) if body.size > INLINE_BODY_BYTES else work()
+    """Run what takes long for long bodies, or to compile a grammar, without holding up the streams."""
+    slow = body.size > INLINE_BODY_BYTES or FIELD in body
+    return await asyncio.to_thread(work) if slow else work()
 
 
 async def _generate(service: Service, request: Request, read: Reader, whole: Callable[[Call], Any]) -> Response:
     llm = service.ready()
     body = await _body(request)
     model = service.check_model(body)
-    call: Call = await _off_loop(body, lambda: read(body, llm.engine, model))
+    call: Call = await _off_loop(body, lambda: read(body, llm.engine, model, service.grammars))
     if call.stream:
         return EventStream(events(call, service.follow(call)))
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm.server.answers import Call, Choice, encode, make_call, number, prompt_logprobs, top
 from nanovllm.server.errors import ApiError
+from nanovllm.server.grammar import Grammars
 from nanovllm.server.protocol import Body, read_sampling, read_stream
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class ChatStyle:
         return '"delta":{"role":"assistant","content":""}', None
 
 
-def read_chat(body: Body, engine: LLMEngine, model: str) -> Call:
+def read_chat(body: Body, engine: LLMEngine, model: str, grammars: Grammars) -> Call:
     """A body as a call. ApiError with the field's name for what cannot be done."""
     prompt = read_conversation(body, engine)
     stream, include_usage = read_stream(body)
@@ -72,6 +73,7 @@ def read_chat(body: Body, engine: LLMEngine, model: str) -> Call:
         raise ApiError("prompt_logprobs is not available with stream=true", param="prompt_logprobs")
     params = read_sampling(
         body,
+        grammars.read(body, engine),
         max_tokens=(limit, limits[limit]),
         logprobs=("top_logprobs", alternatives),
         prompt_logprobs=("prompt_logprobs", scored),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from nanovllm.sampling_params import MAX_N
 from nanovllm.server.answers import Call, Choice, encode, make_call, number, prompt_logprobs, tokenizer_of, top
 from nanovllm.server.errors import ApiError
+from nanovllm.server.grammar import Grammars
 from nanovllm.server.protocol import Body, read_sampling, read_stream
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def _prompt_text(choice: Choice) -> str:
     return engine.require_tokenizer().decode(request.prompt_token_ids, skip_special_tokens=False)
 
 
-def read_completion(body: Body, engine: LLMEngine, model: str) -> Call:
+def read_completion(body: Body, engine: LLMEngine, model: str, grammars: Grammars) -> Call:
     """A body as a call. ApiError with the field's name for what cannot be done."""
     special = body.flag("add_special_tokens", True)
     prompts = [_tokenized(prompt, engine, special) for prompt in _prompts(body.take("prompt"))]
@@ -108,6 +109,7 @@ def read_completion(body: Body, engine: LLMEngine, model: str) -> Call:
         raise ApiError(f"best_of={best_of!r:.80} is not supported: n choices are made and shown", param="best_of")
     params = read_sampling(
         body,
+        grammars.read(body, engine),
         n=("n", n),
         max_tokens=("max_tokens", 1 if hidden else max_tokens),
         logprobs=("logprobs", alternatives),

@@ -11,9 +11,10 @@ import dataclasses
 import difflib
 import json
 import re
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import LogitsProcessor, SamplingParams
 from nanovllm.server.errors import ApiError
 
 # What a caller tells a provider about itself or its habits: there is nothing here that could depend on it.
@@ -39,7 +40,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "priority": (0,),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "structured_outputs": (),
@@ -86,6 +86,9 @@ class Body:
         self._left: dict[str, Any] = dict(value)
         self._known: list[str] = []
         self.size = size
+
+    def __contains__(self, name: str) -> bool:
+        return self._left.get(name) is not None
 
     def take(self, name: str, default: Any = None) -> Any:
         """A field's value; `default` where it is absent or null."""
@@ -141,7 +144,7 @@ def read_stream(body: Body) -> tuple[bool, bool]:
     return stream, include_usage
 
 
-def read_sampling(body: Body, **special: tuple[str, Any]) -> SamplingParams:
+def read_sampling(body: Body, processors: Sequence[LogitsProcessor] = (), **special: tuple[str, Any]) -> SamplingParams:
     """The sampling parameters of a body.
 
     `special`: what an endpoint spells in its own way, name of `SamplingParams` -> (field of the body, value).
@@ -150,10 +153,14 @@ def read_sampling(body: Body, **special: tuple[str, Any]) -> SamplingParams:
     values: dict[str, Any] = {"max_tokens": None}
     values |= {name: _plain(name, value) for name, (_, value) in asked.items() if value is not None}
     try:
-        return SamplingParams(**values)
+        params = SamplingParams(**values, logits_processors=list(processors) or None)
     except ValueError as error:
         field = asked[name][0] if (name := _culprit(values)) in asked else "min_tokens"
         raise ApiError(str(error) if field == name else f"{field}: {error}", param=field) from error
+    if processors and (params.ignore_eos or params.min_tokens):  # nothing may follow a complete answer
+        field = "ignore_eos" if params.ignore_eos else "min_tokens"
+        raise ApiError(f"{field} and response_format contradict each other: leave out one of the two", param=field)
+    return params
 
 
 def _culprit(values: dict[str, Any]) -> str:
