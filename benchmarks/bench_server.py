@@ -1,7 +1,7 @@
 """What the HTTP server costs: tokens per second of `AsyncLLM` alone and through `nanovllm serve`'s routes.
 
     python benchmarks/bench_server.py                 # a device of 0.5 ms a step, played by a timer: no GPU needed
-    python benchmarks/bench_server.py --model Qwen/Qwen3-0.6B
+    python benchmarks/bench_server.py --shape Qwen3-0.6B    # on a GPU, with random weights of a published shape
 
 The server runs in a process of its own; the client here reads raw sockets, so that it costs next to nothing. With the
 played device everything but the forward pass is real: scheduler, text, streams, HTTP. Prints a table, writes no file.
@@ -14,14 +14,21 @@ import asyncio
 import json
 import multiprocessing
 import sys
+import tempfile
 import time
 from collections import deque
+from pathlib import Path
 from typing import Any
+
+from harness.models import SHAPES, write_config
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
 
 from nanovllm import AsyncLLM, SamplingParams
 from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_runner import StepOutput
+from nanovllm.loader.tokenizer import Tokenizer
 
 
 class PlayedDevice:
@@ -44,10 +51,23 @@ class PlayedDevice:
         return StepOutput([self.token_id] * samples)
 
 
-def load(model: str | None, step_ms: float) -> AsyncLLM:
+def letters() -> Tokenizer:
+    """Every token id is a letter: text for models without a tokenizer, a character a token."""
+    backend = Backend(models.BPE({chr(97 + i): i for i in range(26)}, []))
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(backend, {})
+    tokenizer.id_to_token = lambda token_id: chr(97 + token_id % 26)  # type: ignore[method-assign]
+    return tokenizer
+
+
+def load(shape: str | None, step_ms: float) -> AsyncLLM:
     """The engine to measure."""
-    if model is not None:
-        return AsyncLLM(model, show_progress=False)
+    if shape is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = write_config(shape, Path(folder))
+            llm = AsyncLLM(str(path), load_format="dummy", max_model_len=4096, show_progress=False)
+        llm.engine.tokenizer = letters()
+        return llm
     llm = AsyncLLM("smollm2", max_model_len=4096, kv_cache_memory_bytes=1 << 28, async_scheduling=True,
                    show_progress=False)  # fmt: skip
     device = PlayedDevice(step_ms / 1e3, llm.engine.require_tokenizer().encode(" hello")[0])
@@ -57,14 +77,14 @@ def load(model: str | None, step_ms: float) -> AsyncLLM:
     return llm
 
 
-def serve(model: str | None, step_ms: float, switch_ms: float, connection: Any) -> None:
+def serve(shape: str | None, step_ms: float, switch_ms: float, connection: Any) -> None:
     """The child process: measure the engine alone whenever asked, else answer HTTP."""
     from nanovllm.server.app import Service, create_app
     from nanovllm.server.run import address, listen
     from nanovllm.server.run import serve as answer
 
     sys.setswitchinterval(switch_ms / 1e3)
-    llm = load(model, step_ms)
+    llm = load(shape, step_ms)
     for streams, tokens in iter(connection.recv, None):
         connection.send((asyncio.run(unwatched(llm, streams, tokens)), asyncio.run(watched(llm, streams, tokens))))
     service, sock = Service("model"), listen("127.0.0.1", 0)
@@ -121,7 +141,7 @@ async def through_http(url: str, streams: int, tokens: int) -> tuple[float, floa
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a real model instead of the played device")
+    parser.add_argument("--shape", choices=list(SHAPES), help="a real device and this shape")
     parser.add_argument("--step-ms", type=float, default=0.5, help="a step of the played device (default: 0.5)")
     parser.add_argument(
         "--switch-ms", type=float, default=0.1, help="Python's thread switch interval (default: 0.1, as serve)"
@@ -131,7 +151,7 @@ def main() -> None:
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    child = context.Process(target=serve, args=(args.model, args.step_ms, args.switch_ms, theirs), daemon=True)
+    child = context.Process(target=serve, args=(args.shape, args.step_ms, args.switch_ms, theirs), daemon=True)
     child.start()
     theirs.close()  # so that its end is noticed
     engine: deque[tuple[float, float]] = deque()

@@ -83,6 +83,7 @@ def test_any_object(server: Live) -> None:
         ({"type": "json_schema", "json_schema": {"schema": {"type": "colour"}}}, {}, "response_format"),
         ({"type": "json_schema", "json_schema": {"schema": {"$ref": "#/nowhere"}}}, {}, "response_format"),
         ({"type": "json_schema", "json_schema": {"schema": {"not": {"type": "string"}}}}, {}, "response_format"),
+        ({"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}, {}, "response_format"),
         ({"type": "json_object", "indent": 2}, {}, "response_format.indent"),
         ("json", {}, "response_format"),
         ({"type": "json_object"}, {"ignore_eos": True}, "ignore_eos"),

@@ -123,7 +123,7 @@ class Choice:
         reason = self.completion.seq.finish_reason
         if reason == "abort":
             raise unavailable("the engine stopped before the answer was complete")
-        if reason == "error":
+        if reason == "error" or self.request.error:
             raise ApiError(self.request.error or "the request failed in the engine", status=500)
 
     def pieces(self) -> list[str]:

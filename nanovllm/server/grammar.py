@@ -45,7 +45,10 @@ class Grammars:
             failed, sentences = True, [str(error)]
         if failed or sentences:  # a warning is about a part that would be ignored
             raise ApiError(f"the JSON schema cannot be followed: {'; '.join(sentences)[:500]}", param=FIELD)
-        return [Mask(LLMatcher(tables, grammar, log_level=0))]
+        mask = Mask(LLMatcher(tables, grammar, log_level=0))
+        if problem := mask.problem():
+            raise ApiError(f"nothing obeys the JSON schema ({problem})", param=FIELD)
+        return [mask]
 
     def _tables_of(self, engine: LLMEngine) -> LLTokenizer:
         with self._lock:
@@ -92,6 +95,12 @@ class Mask:
         self._fresh = matcher
         self._read: list[tuple[list[int], LLMatcher]] = []
 
+    def problem(self) -> str:
+        """Why there is no first token; "" where there is one."""
+        matcher = self._fresh.deep_copy()
+        matcher.compute_bitmask()
+        return _error(matcher)
+
     def __call__(self, prompt_ids: list[int], output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
         """logits [vocab] with minus infinity for every token that must not follow `output_ids`."""
         import numpy as np
@@ -99,8 +108,8 @@ class Mask:
 
         matcher = self._matcher(output_ids)
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-        if matcher.is_error():
-            raise ValueError(matcher.get_error())
+        if error := _error(matcher):
+            raise ValueError(error)
         allowed = np.unpackbits(bits, bitorder="little")[: len(logits)].astype(bool)
         return logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), float("-inf"))
 
@@ -114,3 +123,8 @@ class Mask:
         matcher.consume_tokens(output_ids)
         self._read.append((output_ids, matcher))
         return matcher
+
+
+def _error(matcher: LLMatcher) -> str:
+    """The sentence, without the dump of the parser behind it."""
+    return matcher.get_error().partition("\n")[0]
