@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import socket
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -283,3 +285,38 @@ def test_metrics_say_what_was_asked(server: Live) -> None:
         assert after[f"vllm:{name}"] == 0
     assert after["vllm:num_preemptions_total"] == 0
     assert after["vllm:prefix_cache_queries_total"] > after["vllm:prefix_cache_hits_total"] > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "prompt", "begins"),
+    [
+        ("/v1/chat/completions", {"messages": PARIS}, '"delta":{"role":"assistant","content":""}'),
+        ("/v1/completions", {"prompt": TEXT}, '"text":" '),
+    ],
+)
+def test_nothing_is_said_before_the_first_token(
+    server: Live, monkeypatch: pytest.MonkeyPatch, path: str, prompt: dict[str, Any], begins: str
+) -> None:
+    """Tools take the first chunk's time for the first token's."""
+    runner, held = server.llm.engine.runner, threading.Event()
+    launch = runner.launch
+    monkeypatch.setattr(runner, "launch", lambda batch: held.wait(30) and launch(batch))
+    data = json.dumps(prompt | {"max_tokens": 2, "temperature": 0, "stream": True}).encode()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(
+            b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (path.encode(), len(data)) + data
+        )
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += connection.recv(65536)
+        connection.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            connection.recv(65536)
+        assert head.endswith(b"\r\n\r\n") and b"text/event-stream" in head
+        held.set()
+        connection.settimeout(30)
+        body = b""
+        while b"[DONE]" not in body:
+            body += connection.recv(65536)
+    first = body.decode().split("\n\n")[0]
+    assert begins in first and '"finish_reason":null' in first

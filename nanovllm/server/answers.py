@@ -43,7 +43,10 @@ class Style(Protocol):
         """The part of a chunk's choice that carries text, as JSON without its braces; None: the last, without any."""
 
     def opening(self, choice: Choice) -> tuple[str, dict[str, Any] | None] | None:
-        """What a choice's stream begins with, as `piece` has it, with log-probabilities; None while it is unknown."""
+        """What a choice's stream begins with, as `piece` has it ("" for nothing), and log-probabilities.
+
+        None while they are unknown.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +142,7 @@ class Choice:
             if opening is None:
                 return said
             self.opened = True
-            said.append(self._chunk(*opening))
+            said += [self._chunk(*opening)] if opening[0] else []
         logprobs = None
         if completion.logprobs is not None and not self.call.hidden:
             start, self.tokens = self.tokens, len(completion.logprobs)

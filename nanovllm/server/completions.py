@@ -45,7 +45,7 @@ class CompletionStyle:
     def opening(self, choice: Choice) -> tuple[str, dict[str, Any] | None] | None:
         """The prompt, where it is asked for, with its log-probabilities, for which there is a step to wait."""
         if not choice.call.echo:
-            return self.piece(""), None
+            return "", None
         if choice.request.params.logprobs is None:
             return self.piece(_prompt_text(choice)), None
         if len(choice.request.prompt_logprobs or ()) < len(choice.request.prompt_token_ids):

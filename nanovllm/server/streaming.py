@@ -78,11 +78,9 @@ async def events(call: Call, news: AsyncGenerator[None]) -> AsyncGenerator[bytes
 
 
 async def _pieces(call: Call, news: AsyncGenerator[None]) -> AsyncGenerator[list[str]]:
-    """The choices' JSON for each chunk; the first comes before any token."""
+    """The choices' JSON for each chunk. Nothing is said before the first token: clients time it by what comes first."""
     choices = call.choices()
     async with aclosing(news):
-        if opening := [piece for choice in choices for piece in choice.pieces()]:
-            yield opening
         async for _ in news:
             pieces = [piece for choice in choices for piece in choice.pieces()]
             choices = [choice for choice in choices if not choice.closed]
