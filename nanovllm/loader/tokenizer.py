@@ -21,6 +21,7 @@ from nanovllm.loader.gguf_tokenizer import build_backend, special_token_ids
 from nanovllm.loader.model_config import read_json
 from nanovllm.loader.resolve import ModelSource, find_directory, resolve_model
 
+LONG_TEXT = 4096  # characters, about a millisecond of work
 _NO_TEMPLATE = "this model has no chat template: pass chat_template=..., or use generate() with a plain prompt"
 
 
@@ -40,6 +41,9 @@ class PythonBackend:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> Encoded:
         return Encoded(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def encode_batch_fast(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[Encoded]:
+        return [self.encode(text, add_special_tokens) for text in texts]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
@@ -123,7 +127,10 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; `add_special_tokens` puts BOS or EOS where the model was trained with them."""
         try:
-            return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            if len(text) < LONG_TEXT:
+                return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            # Alone among the library's methods those for batches let other Python threads run meanwhile.
+            return list(self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
         except (TypeError, UnicodeEncodeError) as error:
             raise ValueError(
                 "the text holds half of a surrogate pair, which is no character: send valid Unicode"
