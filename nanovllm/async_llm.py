@@ -4,7 +4,8 @@ The thread sleeps while nothing is queued. Event loops never touch the engine's 
 step takes: they leave their wishes in an inbox that the thread empties between steps, and are woken through
 `call_soon_threadsafe`, once a step however many requests they follow. Both run Python, of which only one can run at a
 time: after a round of news a loop is left alone for twice as long as the round took, so that it takes a third of the
-time at most, and many streams get their tokens in twos and threes rather than late.
+time at most, and many streams get their tokens in twos and threes rather than late. Other work may lengthen a round;
+nobody waits for longer than `MAX_REST_S` because of that.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
 REST = 2.0  # pause after a round of news, in lengths of the round
+MAX_REST_S = 0.05
 
 
 class AsyncLLM:
@@ -179,7 +181,7 @@ class AsyncLLM:
 
     def _rest(self, started: float) -> None:
         now = time.monotonic()
-        self._rest_until = now + REST * (now - started)
+        self._rest_until = now + min(REST * (now - started), MAX_REST_S)
 
 
 @dataclass(slots=True)

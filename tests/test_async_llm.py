@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Coroutine
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from tiny_models import save_model
 
 from nanovllm import AsyncLLM, SamplingParams
-from nanovllm.async_llm import _Subscriber
+from nanovllm.async_llm import MAX_REST_S, _Subscriber
 
 LONG = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
 SMALL: dict[str, Any] = dict(max_model_len=128, num_kvcache_blocks=64, max_num_batched_tokens=64, max_num_seqs=8)
@@ -189,6 +190,17 @@ def test_a_closed_event_loop_does_not_stop_the_others(model: str) -> None:
             llm._subscribers["gone"] = _Subscriber(request, loop, asyncio.Event())
             assert (await last(llm, "mine")).outputs[0].finish_reason == "length"
             assert llm._subscribers["gone"].published == 1
+
+    run(main())
+
+
+def test_other_work_of_a_loop_does_not_lengthen_its_rest(model: str) -> None:
+    """A second that a loop spends on something else behind the news is no round of a second."""
+
+    async def main() -> None:
+        async with AsyncLLM(model, **SMALL, show_progress=False) as llm:
+            llm._rest(time.monotonic() - 30.0)
+            assert llm._rest_until - time.monotonic() <= MAX_REST_S
 
     run(main())
 
