@@ -226,6 +226,13 @@ def test_what_is_no_request(server: Live, name: str) -> None:
         assert server.refusal(path, BODIES[name])["param"] is None
 
 
+@pytest.mark.parametrize("field", ["temperature", "stop", "logit_bias", "unheard_of"])
+def test_nesting_that_can_be_read_but_not_shown(server: Live, field: str) -> None:
+    for depth in range(900, 1000):
+        value = "[" * depth + "]" * depth
+        server.refusal(COMPLETIONS, f'{{"prompt": "a", "{field}": {value}}}'.encode())
+
+
 def test_transport(server: Live) -> None:
     body = {"prompt": "a", "max_tokens": 1}
     assert server.ask("POST", COMPLETIONS, json.dumps(body).encode(), content_type="text/plain")[0] == 200

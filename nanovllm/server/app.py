@@ -39,7 +39,7 @@ PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Service:
-    """A model under one or more names. `llm` is None while it loads; `failed` says why there will be none."""
+    """A model under one or more names. `llm` is None while it loads."""
 
     def __init__(self, model: str, names: Sequence[str] = (), keys: Sequence[str] = ()) -> None:
         self.model, self.names, self.keys = model, tuple(names) or (model,), tuple(key.encode() for key in keys)
@@ -113,6 +113,7 @@ def create_app(service: Service, allowed_origins: Sequence[str] = ("*",)) -> Sta
     handlers: dict[Any, Any] = {
         ApiError: errors.on_api_error,
         HTTPException: errors.on_http_error,
+        RecursionError: errors.on_recursion,
         Exception: errors.on_bug,
     }
     middleware = [cors, Middleware(_Gate, service=service)]

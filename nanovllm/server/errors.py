@@ -68,6 +68,11 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     return ApiError(sentences.get(status, str(error)), status=status, **headers).response()
 
 
+async def on_recursion(request: Request, error: Exception) -> Response:
+    """JSON that was shallow enough to be read may be too deep to be shown in a sentence."""
+    return ApiError("the body is nested too deeply").response()
+
+
 async def on_bug(request: Request, error: Exception) -> Response:
     """Whatever else: the log has the traceback, the client a sentence."""
     return ApiError(f"the server failed: {type(error).__name__}", status=500).response()
