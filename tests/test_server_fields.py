@@ -113,6 +113,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [  # path, fields, the field to
     (CHAT, {"presence_penalty": 3}, "presence_penalty"),
     (CHAT, {"stop": ""}, "stop"),
     (CHAT, {"stop": [1]}, "stop"),
+    (CHAT, {"stop": ["a"] * 65}, "stop"),
     (CHAT, {"logit_bias": {"x": 1}}, "logit_bias"),
     (CHAT, {"logit_bias": {"999999": 1}}, "logit_bias"),
     (CHAT, {"logit_bias": {"1": 101}}, "logit_bias"),

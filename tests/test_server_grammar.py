@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import pytest
 from openai import OpenAI
 from pydantic import BaseModel, Field
 from server_lives import Live, live_smollm2
+
+from nanovllm.server.app import INLINE_BODY_BYTES
+from nanovllm.server.grammar import FIELD
 
 CHAT = "/v1/chat/completions"
 
@@ -72,6 +78,23 @@ def test_any_object(server: Live) -> None:
     assert text.startswith("{")
     if answer["choices"][0]["finish_reason"] == "stop":
         assert isinstance(json.loads(text), dict)
+
+
+def test_nobody_waits_for_a_schema_but_schemas(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many that take for ever as threads would be lent to them."""
+    done = threading.Event()
+    monkeypatch.setattr(server.service.grammars, "read", lambda body, engine: done.wait(60) and body.take(FIELD) and [])
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    with ThreadPoolExecutor(41) as pool:
+        held = [pool.submit(server.post, CHAT, body | {FIELD: {"type": "json_object"}}) for _ in range(40)]
+        time.sleep(0.5)
+        try:
+            asked = pool.submit(server.post, "/tokenize", {"prompt": "a" * INLINE_BODY_BYTES})
+            assert asked.result(timeout=20)["count"]
+            assert not any(answer.done() for answer in held)
+        finally:
+            done.set()
+        assert all(answer.result()["choices"] for answer in held)
 
 
 @pytest.mark.parametrize(

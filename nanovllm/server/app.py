@@ -165,17 +165,18 @@ async def _body(request: Request) -> Body:
     return Body(parse_json(bytes(data)), len(data))
 
 
-async def _off_loop(body: Body, work: Callable[[], Any]) -> Any:
+async def _off_loop(service: Service, body: Body, work: Callable[[], Any]) -> Any:
     """Run what takes long for long bodies, or to compile a grammar, without holding up the streams."""
-    slow = body.size > INLINE_BODY_BYTES or FIELD in body
-    return await asyncio.to_thread(work) if slow else work()
+    if FIELD in body:
+        return await asyncio.get_running_loop().run_in_executor(service.grammars.thread, work)
+    return await asyncio.to_thread(work) if body.size > INLINE_BODY_BYTES else work()
 
 
 async def _generate(service: Service, request: Request, read: Reader, whole: Callable[[Call], Any]) -> Response:
     llm = service.ready()
     body = await _body(request)
     model = service.check_model(body)
-    call: Call = await _off_loop(body, lambda: read(body, llm.engine, model, service.grammars))
+    call: Call = await _off_loop(service, body, lambda: read(body, llm.engine, model, service.grammars))
     if call.stream:
         return EventStream(events(call, service.follow(call)))
 
@@ -232,7 +233,7 @@ async def _tokenize(service: Service, request: Request) -> Response:
         except ValueError as error:
             raise ApiError(str(error), param="prompt") from error
 
-    ids = await _off_loop(body, tokens)
+    ids = await _off_loop(service, body, tokens)
     as_text = body.flag("return_token_strs")
     body.refuse_rest()
     strings = [tokenizer_of(engine, "prompt").id_to_token(i) for i in ids] if as_text else None
@@ -248,7 +249,7 @@ async def _detokenize(service: Service, request: Request) -> Response:
     if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
         raise ApiError(f"tokens must be a list of token ids from 0 to {vocab_size - 1}", param="tokens")
     tokenizer = tokenizer_of(engine, "tokens")
-    text = await _off_loop(body, lambda: tokenizer.decode(ids, skip_special_tokens=False))
+    text = await _off_loop(service, body, lambda: tokenizer.decode(ids, skip_special_tokens=False))
     return JSONResponse({"prompt": text})
 
 

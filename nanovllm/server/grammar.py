@@ -6,7 +6,7 @@ processor like any user's.
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from llguidance import LLMatcher, LLTokenizer
@@ -26,11 +26,14 @@ _COMPACT: Any = {"whitespace_flexible": False}
 
 
 class Grammars:
-    """Makes logits processors for one engine. The tokenizer's tables take a second to build: once, when asked for."""
+    """Makes logits processors for one engine. The tokenizer's tables take a second to build: once, when asked for.
+
+    `read` runs on `thread`: hostile schemas take up to half a minute, for which only other schemas shall wait.
+    """
 
     def __init__(self) -> None:
         self._tables: LLTokenizer | None = None
-        self._lock = threading.Lock()
+        self.thread = ThreadPoolExecutor(1, "nanovllm-grammar")
 
     def read(self, body: Body, engine: LLMEngine) -> list[Mask]:
         """The processor for a body's `response_format`; none for text. ApiError for what cannot be."""
@@ -51,16 +54,15 @@ class Grammars:
         return [mask]
 
     def _tables_of(self, engine: LLMEngine) -> LLTokenizer:
-        with self._lock:
-            if self._tables is None:
-                backend = tokenizer_of(engine, FIELD).backend
-                if not hasattr(backend, "to_str"):
-                    raise ApiError("this model's tokenizer is Python code, which grammars cannot read", param=FIELD)
-                size, ends = engine.model_config.vocab_size, sorted(engine.eos_token_ids)
-                if not ends:
-                    raise ApiError("this model has no end-of-text token, so no grammar could end", param=FIELD)
-                self._tables = LLTokenizer(backend.to_str(), n_vocab=size, eos_token=ends)
-            return self._tables
+        if self._tables is None:
+            backend = tokenizer_of(engine, FIELD).backend
+            if not hasattr(backend, "to_str"):
+                raise ApiError("this model's tokenizer is Python code, which grammars cannot read", param=FIELD)
+            size, ends = engine.model_config.vocab_size, sorted(engine.eos_token_ids)
+            if not ends:
+                raise ApiError("this model has no end-of-text token, so no grammar could end", param=FIELD)
+            self._tables = LLTokenizer(backend.to_str(), n_vocab=size, eos_token=ends)
+        return self._tables
 
 
 def _schema(asked: dict[str, Any]) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from nanovllm.sampling_params import LogitsProcessor, SamplingParams
 from nanovllm.server.errors import ApiError
 
+MAX_STOP = 64  # each is looked for after every token, on the engine's thread
 # What a caller tells a provider about itself or its habits: there is nothing here that could depend on it.
 _NO_EFFECT = ["user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"]
 _NO_EFFECT += ["parallel_tool_calls"]  # without tools
@@ -157,6 +158,8 @@ def read_sampling(body: Body, processors: Sequence[LogitsProcessor] = (), **spec
     except ValueError as error:
         field = asked[name][0] if (name := _culprit(values)) in asked else "min_tokens"
         raise ApiError(str(error) if field == name else f"{field}: {error}", param=field) from error
+    if len(params.stop_strings) > MAX_STOP:
+        raise ApiError(f"stop has {len(params.stop_strings)} strings: send {MAX_STOP} at most", param="stop")
     if processors and (params.ignore_eos or params.min_tokens):  # nothing may follow a complete answer
         field = "ignore_eos" if params.ignore_eos else "min_tokens"
         raise ApiError(f"{field} and response_format contradict each other: leave out one of the two", param=field)
