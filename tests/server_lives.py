@@ -77,15 +77,16 @@ def live(llm: AsyncLLM | None, **options: Any) -> Iterator[Live]:
     sock = listen("127.0.0.1", 0)
     config = uvicorn.Config(create_app(service), lifespan="off", log_level="warning", timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     try:
         wait_for(lambda: server.started)
         yield Live(sock.getsockname()[1], service)
     finally:
         server.should_exit = True
-        thread.join()
+        thread.join(60)
         sock.close()
+        assert not thread.is_alive()
 
 
 @contextlib.contextmanager

@@ -117,7 +117,7 @@ def test_a_storm(server: Live) -> None:
 def test_one_connection_serves_many_requests(server: Live) -> None:
     import http.client
 
-    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     for body in ({"prompt": "a", "max_tokens": 1}, {"bad": 1}, {"prompt": "b", "max_tokens": 1, "stream": True}):
         connection.request("POST", COMPLETIONS, json.dumps(body), {"Authorization": "Bearer second"})
         assert connection.getresponse().read()
@@ -188,6 +188,9 @@ def start(model: str, *options: str) -> tuple[subprocess.Popen[str], int]:
     """The command in a process of its own, and its port."""
     command = [sys.executable, "-m", "nanovllm", "serve", model, "--port", "0", "--max-model-len", "200", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ})
+    watchdog = threading.Timer(60, process.kill)  # what is read from it below comes to an end
+    watchdog.daemon = True
+    watchdog.start()
     assert process.stderr is not None
     line = process.stderr.readline()
     found = re.match(r"listening at http://127\.0\.0\.1:(\d+); loading ", line)
@@ -274,5 +277,5 @@ def test_mistakes_on_the_command_line(options: list[str], sentence: str, capsys:
 
 def test_without_the_extra_it_says_what_to_install() -> None:
     code = "import sys; sys.modules['uvicorn'] = None; from nanovllm.cli import main; sys.exit(main(['serve', 'x']))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert (done.returncode, done.stderr) == (2, "nanovllm: serve needs uvicorn: pip install 'nanovllm[server]'\n")
