@@ -87,7 +87,8 @@ def test_nulls_neutral_values_and_whole_floats(server: Live) -> None:
         "user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "tools": [], "tool_choice": "none",
         "response_format": {"type": "text"}, "parallel_tool_calls": True, "modalities": ["text"], "n": 1.0, "top_k": 0,
         "stop": [], "logit_bias": {}, "seed": 1.0, "max_tokens": 3.0, "max_completion_tokens": 3.0, "stream": False,
-        "chat_template_kwargs": {}, "top_p": 1, "logprobs": False, "best_of": 1, "stream_options": {},
+        "chat_template_kwargs": {}, "top_p": 1, "logprobs": False, "best_of": 1, "top_logprobs": 0,
+        "stream_options": {"continuous_usage_stats": False},
     }  # fmt: skip
     for body in (nulls, plain | neutral):
         assert server.post(CHAT, body)["choices"] == expected

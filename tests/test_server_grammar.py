@@ -107,6 +107,11 @@ def test_nobody_waits_for_a_schema_but_schemas(server: Live, monkeypatch: pytest
         ({"type": "json_schema", "json_schema": {"schema": {"$ref": "#/nowhere"}}}, {}, "response_format"),
         ({"type": "json_schema", "json_schema": {"schema": {"not": {"type": "string"}}}}, {}, "response_format"),
         ({"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}, {}, "response_format"),
+        (
+            {"type": "json_schema", "json_schema": {"schema": {"x-guidance": {"whitespace_pattern": "z+"}}}},
+            {},
+            "response_format.json_schema.schema",
+        ),
         ({"type": "json_object", "indent": 2}, {}, "response_format.indent"),
         ("json", {}, "response_format"),
         ({"type": "json_object"}, {"ignore_eos": True}, "ignore_eos"),

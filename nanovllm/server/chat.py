@@ -66,8 +66,10 @@ def read_chat(body: Body, engine: LLMEngine, model: str, grammars: Grammars) -> 
     alternatives = body.take("top_logprobs")
     if body.flag("logprobs"):
         alternatives = 0 if alternatives is None else alternatives
-    elif alternatives is not None:
+    elif alternatives not in (None, 0):
         raise ApiError("top_logprobs needs logprobs=true", param="top_logprobs")
+    else:
+        alternatives = None
     scored = body.take("prompt_logprobs")
     if scored is not None and stream:
         raise ApiError("prompt_logprobs is not available with stream=true", param="prompt_logprobs")

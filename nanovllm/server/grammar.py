@@ -78,6 +78,8 @@ def _schema(asked: dict[str, Any]) -> dict[str, Any] | None:
             described.refuse_rest()
             if not schema:
                 raise ApiError("response_format.json_schema needs a schema", param="json_schema.schema")
+            if "x-guidance" in schema:  # the library's own options, with which white space may be anything
+                raise ApiError("x-guidance in a schema is not supported: leave it out", param="json_schema.schema")
         elif kind in ("text", "json_object"):
             schema = {"type": "object"}
         else:

@@ -29,6 +29,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "bad_words": ([],),
     "best_of": (1,),
     "chat_template": (),  # a program for our sandbox: the server's own is chosen when it starts
+    "continuous_usage_stats": (False,),  # of stream_options
     "documents": ([],),
     "echo": (False,),
     "function_call": ("none", "auto"),  # without functions
