@@ -2,7 +2,10 @@
 
 The thread sleeps while nothing is queued. Event loops never touch the engine's lock, which is held for as long as a
 step takes: they leave their wishes in an inbox that the thread empties between steps, and are woken through
-`call_soon_threadsafe`.
+`call_soon_threadsafe`, once a step however many requests they follow. Both run Python, of which only one can run at a
+time: after a round of news a loop is left alone for twice as long as the round took, so that it takes a third of the
+time at most, and many streams get their tokens in twos and threes rather than late. Other work may lengthen a round;
+nobody waits for longer than `MAX_REST_S` because of that.
 """
 
 from __future__ import annotations
@@ -11,16 +14,21 @@ import asyncio
 import atexit
 import contextlib
 import threading
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.config import EngineConfig
-from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.llm_engine import LLMEngine, StepInfo
 from nanovllm.engine.request import Request, check_request_id
 from nanovllm.llm import Message, Prompt
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
+
+REST = 2.0  # pause after a round of news, in lengths of the round
+MAX_REST_S = 0.05
 
 
 class AsyncLLM:
@@ -33,6 +41,8 @@ class AsyncLLM:
         self._inbox_lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = False
+        self._rest_until = 0.0  # on the monotonic clock
+        self.on_step: Callable[[StepInfo | None], None] | None = None  # called by the thread after every step
         self._thread = threading.Thread(target=self._serve, name="nanovllm-engine", daemon=True)
         self._thread.start()
         atexit.register(self._stop)  # the interpreter would end the thread inside a kernel, and the process with it
@@ -42,20 +52,41 @@ class AsyncLLM:
     ) -> AsyncIterator[RequestOutput]:
         """Yield the growing output of one prompt; the last one is finished. Leaving the loop aborts the request."""
         request = self.engine.make_request(prompt, sampling_params, streaming=True, request_id=request_id)
-        subscriber = _Subscriber(request, asyncio.get_running_loop())
-        if self._subscribers.setdefault(request.request_id, subscriber) is not subscriber:
-            raise ValueError(f"request id {request.request_id!r} is in use: ids of running requests must be unique")
+        async with contextlib.aclosing(self.follow([request])) as news:
+            async for _ in news:
+                output = request.output()
+                yield output
+                if output.finished:
+                    return
+
+    async def follow(self, requests: Sequence[Request], only_end: bool = False) -> AsyncGenerator[None]:
+        """Run requests that `engine.make_request` made; yield when any has news, the last time when all have finished.
+
+        For whoever reads `Request.completions` without copies. `only_end`: the end of each request is the only news.
+        Leaving the loop aborts those that still run.
+        """
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+        mine: list[_Subscriber] = []
         try:
-            self._tell(lambda: self.engine.submit([request]))
+            for request in requests:
+                subscriber = _Subscriber(request, loop, changed, only_end)
+                if self._subscribers.setdefault(request.request_id, subscriber) is not subscriber:
+                    raise ValueError(
+                        f"request id {request.request_id!r} is in use: ids of running requests must be unique"
+                    )
+                mine.append(subscriber)
+            self._tell(lambda: self.engine.submit(requests))
             finished = False
             while not finished:
-                output = await subscriber.latest()
-                finished = output.finished
-                yield output
+                await changed.wait()
+                changed.clear()
+                finished = all(request.finished for request in requests)
+                yield
         finally:
-            del self._subscribers[request.request_id]
-            if not request.finished:
-                self._tell_abort(request.request_id)
+            for subscriber in mine:
+                del self._subscribers[subscriber.request.request_id]
+                if not subscriber.request.finished:
+                    self._tell_abort(subscriber.request.request_id)
 
     def chat(
         self,
@@ -67,6 +98,11 @@ class AsyncLLM:
         """`generate` for a conversation, through the model's chat template."""
         prompt = self.engine.render_chat(messages, True, chat_template_kwargs)
         return self.generate(prompt, sampling_params, request_id)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the engine's thread lives: not closed, and nothing has ended it."""
+        return self._inbox is not None
 
     async def abort(self, request_id: str) -> None:
         """Stop one request; its stream ends with `finish_reason == "abort"`. Does nothing if it has ended already."""
@@ -97,6 +133,8 @@ class AsyncLLM:
             while not self._closing:
                 self._read_inbox()
                 step = self.engine.step()
+                if self.on_step is not None:
+                    self.on_step(step)
                 self._publish_all()
                 if step is None:
                     self._wake.wait()
@@ -125,32 +163,41 @@ class AsyncLLM:
             self._inbox.popleft()()
 
     def _publish_all(self) -> None:
+        rested = time.monotonic() >= self._rest_until
+        changed: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
         for subscriber in list(self._subscribers.values()):
-            subscriber.publish()
+            if subscriber.has_news(rested):
+                changed.setdefault(subscriber.loop, []).append(subscriber.changed)
+        for loop, events in changed.items():
+            with contextlib.suppress(RuntimeError):  # it was closed: nobody listens any more
+                loop.call_soon_threadsafe(self._wake_all, loop, events)
+
+    def _wake_all(self, loop: asyncio.AbstractEventLoop, events: list[asyncio.Event]) -> None:
+        """Called by a loop. What it does behind this, for those that wake up, is the time it took."""
+        started = time.monotonic()
+        for event in events:
+            event.set()
+        loop.call_soon(self._rest, started)  # comes after them
+
+    def _rest(self, started: float) -> None:
+        now = time.monotonic()
+        self._rest_until = now + min(REST * (now - started), MAX_REST_S)
 
 
+@dataclass(slots=True)
 class _Subscriber:
-    """Hands the newest output of a request to its coroutine; outputs that nobody awaited in time are merged."""
+    """Whom to wake when a request has news. Those that follow several requests at once share one event."""
 
-    def __init__(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
-        self.request = request
-        self._loop = loop
-        self._changed = asyncio.Event()
-        self._published = 0
-        self._seen = 0
+    request: Request
+    loop: asyncio.AbstractEventLoop
+    changed: asyncio.Event
+    only_end: bool = False
+    published: int = 0  # the version that was told last
 
-    def publish(self) -> None:
-        """Called by the engine's thread after a step."""
-        version = self.request.version
-        if version != self._published:
-            self._published = version
-            with contextlib.suppress(RuntimeError):  # its loop was closed: nobody listens any more
-                self._loop.call_soon_threadsafe(self._changed.set)
-
-    async def latest(self) -> RequestOutput:
-        """Wait until the request has something that was not yielded yet."""
-        while self.request.version == self._seen:
-            await self._changed.wait()
-            self._changed.clear()
-        self._seen = self.request.version
-        return self.request.output()
+    def has_news(self, rested: bool) -> bool:
+        """Called by the engine's thread after a step; the same news is told once. First and last ones do not wait."""
+        version, finished = self.request.version, self.request.finished
+        if version == self.published or not (finished or (not self.only_end and (rested or self.published == 0))):
+            return False
+        self.published = version
+        return True

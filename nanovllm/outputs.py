@@ -33,6 +33,7 @@ class RequestMetrics:
     """Times in seconds on the engine's monotonic clock."""
 
     arrival_time: float
+    scheduled_time: float | None = None  # when its first tokens ran
     first_token_time: float | None = None
     finished_time: float | None = None
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache

@@ -67,8 +67,13 @@ HOMES = {
     "flash_attn_interface": ("nanovllm/layers/attention/flash.py", "optional backend"),
     "flashinfer": ("nanovllm/layers/attention/flashinfer.py", "optional backend"),
     "transformers": ("nanovllm/loader/tokenizer.py", "the fallback for tokenizers that exist nowhere else"),
+    "starlette": ("nanovllm/server/", "the optional extra"),
+    "uvicorn": ("nanovllm/server/", "the optional extra"),
+    "llguidance": ("nanovllm/server/grammar.py", "the optional extra"),
 }
-LAZY = set(HOMES) - {"triton"}  # imported inside a function, when they are asked for
+# Of the extra `server`, which only the command line imports, and in a function.
+EXTRA = {"starlette", "uvicorn", "llguidance"}
+LAZY = set(HOMES) - {"triton"} - EXTRA  # imported inside a function, when they are asked for
 
 MUTATORS = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "remove", "discard", "clear"}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)

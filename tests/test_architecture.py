@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from arch_rules import (
+    EXTRA,
     HEAVY,
     LAZY,
     PURE,
@@ -85,7 +86,17 @@ def test_imports_are_declared_dependencies() -> None:
     declared = {name.lower() for name in re.findall(r'^\s+"([A-Za-z0-9_]+)', block.group(1), re.MULTILINE)}
     used = {item.top for module in PACKAGE for item in imports(module) if not item.typing_only}
     third_party = used - set(sys.stdlib_module_names) - {"nanovllm"} - LAZY
-    assert third_party == declared
+    assert third_party == declared | EXTRA
+    extra = re.search(r"^server = \[(.*)\]$", text, re.MULTILINE)
+    assert extra is not None and set(re.findall(r'"([a-z_]+)>=', extra.group(1))) == EXTRA
+
+
+def test_the_extra_is_imported_when_it_is_asked_for() -> None:
+    """The command line must start without it."""
+    for module in PACKAGE:
+        for item in imports(module):
+            if item.target.startswith("nanovllm.server") and module.part != "server" and not item.typing_only:
+                assert item.in_function, module.at(item.node, f"{item.target} needs the extra: import it in a function")
 
 
 def test_pins_cover_the_declared_dependencies() -> None:
@@ -150,6 +161,7 @@ BROKEN = {
         "import flash_attn",
         "inside the function",
     ),
+    "starlette in cli": ("homes", "nanovllm/cli/a.py", "def f():\n    import starlette.routing", "the optional extra"),
     "transformers in engine": ("homes", "nanovllm/engine/a.py", "def f():\n    import transformers", "transformers"),
     "global": ("shared_state", "nanovllm/engine/a.py", "_X = None\ndef f(x):\n    global _X\n    _X = x", "_X"),
     "item of a module variable": ("shared_state", "nanovllm/a.py", "X = {}\ndef f(k):\n    X[k] = 1", "X"),

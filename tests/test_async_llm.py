@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Coroutine
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from tiny_models import save_model
 
 from nanovllm import AsyncLLM, SamplingParams
-from nanovllm.async_llm import _Subscriber
+from nanovllm.async_llm import MAX_REST_S, _Subscriber
 
 LONG = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
 SMALL: dict[str, Any] = dict(max_model_len=128, num_kvcache_blocks=64, max_num_batched_tokens=64, max_num_seqs=8)
@@ -179,10 +180,40 @@ def test_an_event_loop_never_waits_for_a_step(model: str, monkeypatch: pytest.Mo
     run(main())
 
 
-def test_a_closed_event_loop_does_not_stop_the_others() -> None:
-    def closed(callback: Any) -> None:
-        raise RuntimeError("Event loop is closed")
+def test_a_closed_event_loop_does_not_stop_the_others(model: str) -> None:
+    async def main() -> None:
+        async with AsyncLLM(model, **SMALL, show_progress=False) as llm:
+            loop = asyncio.new_event_loop()
+            loop.close()
+            request = llm.engine.make_request([5], LONG)
+            request.version = 1
+            llm._subscribers["gone"] = _Subscriber(request, loop, asyncio.Event())
+            assert (await last(llm, "mine")).outputs[0].finish_reason == "length"
+            assert llm._subscribers["gone"].published == 1
 
-    loop: Any = SimpleNamespace(is_closed=lambda: False, call_soon_threadsafe=closed)  # closed since it was asked
-    request: Any = SimpleNamespace(version=1)
-    _Subscriber(request, loop).publish()
+    run(main())
+
+
+def test_other_work_of_a_loop_does_not_lengthen_its_rest(model: str) -> None:
+    """A second that a loop spends on something else behind the news is no round of a second."""
+
+    async def main() -> None:
+        async with AsyncLLM(model, **SMALL, show_progress=False) as llm:
+            llm._rest(time.monotonic() - 30.0)
+            assert llm._rest_until - time.monotonic() <= MAX_REST_S
+
+    run(main())
+
+
+def test_a_busy_loop_rests_but_hears_the_first_and_the_last() -> None:
+    request: Any = SimpleNamespace(version=0, finished=False)
+    subscriber = _Subscriber(request, None, None)  # type: ignore[arg-type]
+    heard = []
+    for version, finished, rested in (
+        (0, False, True), (1, False, False), (2, False, False), (3, False, True), (3, False, True), (4, False, False),
+        (5, True, False), (5, True, True),
+    ):  # fmt: skip
+        request.version, request.finished = version, finished
+        if subscriber.has_news(rested):
+            heard.append(version)
+    assert heard == [1, 3, 5]

@@ -11,6 +11,7 @@ from arch_rules import PURE
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "triton", "transformers", "numpy", "tokenizers", "safetensors", "gguf", "huggingface_hub", "jinja2")
+HEAVY += ("starlette", "uvicorn", "llguidance")
 PUBLIC = ["LLM", "AsyncLLM", "SamplingParams", "RequestOutput", "CompletionOutput"]
 
 

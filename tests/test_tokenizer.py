@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +78,26 @@ def test_smollm2_splits_digits_before_spaces(text: str, tokens: list[str]) -> No
     assert [OURS.id_to_token(i) for i in OURS.encode(text)] == tokens
 
 
-def test_half_a_surrogate_pair_is_refused() -> None:
+def test_a_long_text_is_no_other_and_does_not_stop_other_threads() -> None:
+    """A second of work; the clock of another thread must not notice, for it may be the engine's."""
+    text = "hello world 日本 " * 100_000
+    ids: list[int] = []
+    thread = threading.Thread(target=lambda: ids.extend(OURS.encode(text)))
+    started = last = time.monotonic()
+    thread.start()
+    longest = 0.0
+    while thread.is_alive():
+        time.sleep(0.001)
+        longest, last = max(longest, time.monotonic() - last), time.monotonic()
+    assert ids == OURS.backend.encode(text).ids
+    assert longest < (last - started) / 2
+
+
+@pytest.mark.parametrize("length", [0, 10_000])
+def test_half_a_surrogate_pair_is_refused(length: int) -> None:
     """JSON can carry one; the tokenizers library would say that the text is no string."""
     with pytest.raises(ValueError, match="half of a surrogate pair"):
-        OURS.encode("a\ud800b")
+        OURS.encode("a" * length + "\ud800b")
 
 
 def test_special_tokens() -> None:

@@ -1,4 +1,4 @@
-"""The command `nanovllm`: generate | chat | inspect | profile | tune | collect-env. Each one is a small module."""
+"""The command `nanovllm`: generate | chat | serve | inspect | profile | tune | collect-env, each a small module."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import sys
 
 from nanovllm import __version__
-from nanovllm.cli import chat, collect_env, generate, inspect_model, profile, tune
+from nanovllm.cli import chat, collect_env, generate, inspect_model, profile, serve, tune
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -16,7 +16,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nanovllm", description="A small, readable LLM inference engine.")
     parser.add_argument("--version", action="version", version=f"nanovllm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (generate, chat, inspect_model, profile, tune, collect_env):
+    for module in (generate, chat, serve, inspect_model, profile, tune, collect_env):
         module.add_parser(commands)
     return parser
 

@@ -19,7 +19,7 @@ _PACKAGES: tuple[str, ...] = (
     "jinja2",
     "transformers",
 )
-_PACKAGES += ("flash_attn", "flashinfer-python")
+_PACKAGES += ("flash_attn", "flashinfer-python", "starlette", "uvicorn", "llguidance")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

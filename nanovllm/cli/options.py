@@ -23,12 +23,15 @@ _SAMPLING: tuple[str, ...] = (
 _SAMPLING += ("seed", "max_tokens", "min_tokens", "stop", "ignore_eos")
 
 
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """One `--max-model-len`-like option for every field of `EngineConfig`."""
+def add_engine_options(parser: argparse.ArgumentParser, seed: bool = False) -> None:
+    """One `--max-model-len`-like option for every field of `EngineConfig`.
+
+    `seed`: --seed is the engine's; other commands mean the request's by it.
+    """
     group = parser.add_argument_group("engine options")
     hints = typing.get_type_hints(EngineConfig)
     for field in dataclasses.fields(EngineConfig):
-        if field.name in _engine_names():
+        if field.name in _engine_names(seed):
             _add(group, field.name, _plain_type(hints[field.name]), field.default, field.metadata["help"])
 
 
@@ -53,9 +56,9 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
             group.add_argument(_flag(name), type=kind, default=None, metavar=kind.__name__.upper())
 
 
-def engine_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+def engine_kwargs(args: argparse.Namespace, seed: bool = False) -> dict[str, Any]:
     """The engine options of parsed arguments, as keywords of `LLM`."""
-    return {name: getattr(args, name) for name in _engine_names()}
+    return {name: getattr(args, name) for name in _engine_names(seed)}
 
 
 def sampling_params(args: argparse.Namespace, **defaults: Any) -> SamplingParams:
@@ -64,9 +67,9 @@ def sampling_params(args: argparse.Namespace, **defaults: Any) -> SamplingParams
     return SamplingParams(**{**defaults, **given})
 
 
-def _engine_names() -> list[str]:
-    """Fields of `EngineConfig` that are options; --seed on a command line is the request's."""
-    return [f.name for f in dataclasses.fields(EngineConfig) if f.name not in ("model", "seed")]
+def _engine_names(seed: bool) -> list[str]:
+    """Fields of `EngineConfig` that are options."""
+    return [f.name for f in dataclasses.fields(EngineConfig) if f.name != "model" and (seed or f.name != "seed")]
 
 
 def _add(group: argparse._ArgumentGroup, name: str, kind: type, default: Any, help_text: str) -> None:

@@ -17,6 +17,7 @@ import itertools
 import logging
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -174,6 +175,9 @@ class LLMEngine:
         then, for what the failed one left in the runner's buffers belongs to nobody.
         """
         batch = self.scheduler.schedule()
+        for seq in batch.admitted:
+            request, _ = self._owner[seq.seq_id]
+            request.scheduled_time = request.scheduled_time or time.monotonic()
         if batch.is_empty:
             return StepInfo(0, 0)
         try:
@@ -291,15 +295,18 @@ class LLMEngine:
         messages: Sequence[dict[str, Any]],
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> dict[str, Any]:
         """A conversation as a prompt: {"prompt": text, "prompt_token_ids": ids}. The template writes its own BOS.
 
         `template_kwargs` reach the template by name; TypeError for a misspelt one, a warning for one it does not read.
+        `continue_final_message`: the prompt ends where the last message does, so that the answer goes on with it.
         """
         tokenizer, extra = self.require_tokenizer(), template_kwargs or {}
         if tokenizer.chat_template is not None:
             tokenizer.chat_template.check_names(extra)
-        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=add_generation_prompt, **extra)
+        ask = tokenizer.continue_chat_template if continue_final_message else tokenizer.apply_chat_template
+        text = ask(list(messages), add_generation_prompt=add_generation_prompt, **extra)
         return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 
     def _tokenize(self, prompt: Any) -> tuple[str | None, list[int]]:

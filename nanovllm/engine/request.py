@@ -30,6 +30,7 @@ class Completion:
     include_stop: bool = False  # whether the token or string that ended it belongs to the text
     logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float = 0.0
+    finished: bool = False  # ended, and its text is complete
 
     def on_token(self, token_id: int) -> str | None:
         """Take in a new token; returns the stop string that it completed, if it did."""
@@ -76,6 +77,7 @@ class Request:
     completions: list[Completion]
     tokenizer: Tokenizer | None
     arrival_time: float = field(default_factory=time.monotonic)
+    scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
     num_unfinished: int = field(init=False)
@@ -109,6 +111,7 @@ class Request:
             self.error = self.error or f"its text cannot be made: {type(error).__name__}: {error}"
         if self.num_unfinished == 1:
             self.finished_time = time.monotonic()
+        completion.finished = True
         self.num_unfinished -= 1
         self.version += 1
 
@@ -126,6 +129,7 @@ class Request:
             error=self.error,
             metrics=RequestMetrics(
                 arrival_time=self.arrival_time,
+                scheduled_time=self.scheduled_time,
                 first_token_time=self.first_token_time,
                 finished_time=self.finished_time,
                 num_cached_tokens=first.num_cached_tokens,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ class IncrementalDetokenizer:
         """The text that these tokens complete; may be empty."""
         visible = [i for i in token_ids if i not in self._skipped]
         if self._bytes is not None:
-            return self._bytes.decode(b"".join(map(self._token_bytes, visible)))
+            return self._bytes.decode(b"".join(map(self._tokenizer.token_bytes, visible)))
         return "".join(self._add_one(token_id) for token_id in visible)
 
     def flush(self) -> str:
@@ -46,16 +45,6 @@ class IncrementalDetokenizer:
         if self._bytes is not None:
             return self._bytes.decode(b"", final=True)
         return self._release() if self._held else ""
-
-    def _token_bytes(self, token_id: int) -> bytes:
-        token = self._tokenizer.id_to_token(token_id)
-        if token is None:
-            return b""
-        alphabet = byte_alphabet()
-        try:
-            return bytes(alphabet[character] for character in token)
-        except KeyError:  # an added token in plain text
-            return token.encode("utf-8")
 
     def _add_one(self, token_id: int) -> str:
         self._held.append(token_id)
@@ -70,14 +59,6 @@ class IncrementalDetokenizer:
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
-
-
-@lru_cache(maxsize=1)
-def byte_alphabet() -> dict[str, int]:
-    """GPT-2's characters for the 256 bytes: printable Latin-1 stands for itself, the others follow from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
 class StopChecker:

@@ -6,8 +6,9 @@ its metadata (`gguf_tokenizer`). Only models whose tokenizer is Python code of `
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from nanovllm.loader.gguf_tokenizer import build_backend, special_token_ids
 from nanovllm.loader.model_config import read_json
 from nanovllm.loader.resolve import ModelSource, find_directory, resolve_model
 
+LONG_TEXT = 4096  # characters, about a millisecond of work
 _NO_TEMPLATE = "this model has no chat template: pass chat_template=..., or use generate() with a plain prompt"
 
 
@@ -39,6 +41,9 @@ class PythonBackend:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> Encoded:
         return Encoded(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def encode_batch_fast(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[Encoded]:
+        return [self.encode(text, add_special_tokens) for text in texts]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
@@ -122,7 +127,10 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; `add_special_tokens` puts BOS or EOS where the model was trained with them."""
         try:
-            return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            if len(text) < LONG_TEXT:
+                return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            # Alone among the library's methods those for batches let other Python threads run meanwhile.
+            return list(self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
         except (TypeError, UnicodeEncodeError) as error:
             raise ValueError(
                 "the text holds half of a surrogate pair, which is no character: send valid Unicode"
@@ -142,6 +150,19 @@ class Tokenizer:
         token_id: int | None = self.backend.token_to_id(token)
         return token_id
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for: of a byte-level tokenizer perhaps a part of a character, else its text in UTF-8."""
+        if not self.is_byte_level:
+            return self.decode([token_id], skip_special_tokens=False).encode("utf-8")
+        token = self.id_to_token(token_id)
+        if token is None:
+            return b""
+        alphabet = byte_alphabet()
+        try:
+            return bytes(alphabet[character] for character in token)
+        except KeyError:  # an added token in plain text
+            return token.encode("utf-8")
+
     @property
     def vocab_size(self) -> int:
         """Tokens that have a text, added ones included; the model's embedding may be larger."""
@@ -153,7 +174,7 @@ class Tokenizer:
         added = self.backend.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
 
-    @property
+    @cached_property
     def is_byte_level(self) -> bool:
         """Whether a token is a sequence of bytes, whatever stands around it (GPT-2's scheme)."""
         return isinstance(self.backend.decoder, decoders.ByteLevel)
@@ -186,6 +207,23 @@ class Tokenizer:
             raise ValueError(_NO_TEMPLATE)
         variables = {**self.special_tokens, **kwargs}
         return self.chat_template.render(messages, tools, add_generation_prompt=add_generation_prompt, **variables)
+
+    def continue_chat_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
+        """`apply_chat_template`, cut where the last message's content ends, so that a model goes on with it."""
+        mark = f"<{secrets.token_hex(16)}>"  # templates trim and wrap a message; this they leave where its end is
+        *earlier, last = messages
+        text = self.apply_chat_template([*earlier, {**last, "content": f"{last.get('content')}{mark}"}], **kwargs)
+        if mark not in text:
+            raise ValueError("the chat template does not show the last message, so it cannot be continued")
+        return text[: text.index(mark)]
+
+
+@lru_cache(maxsize=1)
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's characters for the 256 bytes: printable Latin-1 stands for itself, the others follow from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
 def _text(value: Any) -> str:

@@ -1,0 +1,7 @@
+"""The engine behind OpenAI's HTTP interface: `nanovllm serve`. Needs the optional extra `nanovllm[server]`.
+
+    body -> protocol (what is asked) -> chat | completions (prompts) -> AsyncLLM.follow -> answers -> JSON
+
+`app` has the routes, `streaming` writes server-sent events, `metrics` counts, `run` listens and ends. Only the command
+line imports this package.
+"""
