@@ -188,6 +188,7 @@ ATTENTION = [
     ("h100", (BF16, 9, 3, 64, 64, 100, 300)),
     ("consumer", (BF16, 8, 2, 256, 32, None, 300)),
     ("h100", (F32, 4, 2, 80, 32, None, 2)),
+    ("h100", (BF16, 16, 8, 128, 32, 1000, 3)),
 ]
 
 
@@ -298,6 +299,8 @@ CHAIN_ATTENTION = [
     ("dependent", (16, 8, 128, 32, None, 8, 512), False),
     ("dependent", (16, 8, 128, 32, None, 4, 4096), False),
     ("dependent", (32, 1, 128, 32, None, 12, 4096), False),
+    ("dependent", (16, 8, 128, 32, 1000, 4, 4096), False),
+    ("dependent", (16, 8, 128, 32, 20000, 16, 40960), True),
     ("dependent", (16, 8, 128, 256, None, 8, 4096), True),
     ("dependent", (32, 8, 64, 64, 300, 16, 4096), False),
     ("dependent", (32, 8, 64, 64, 1000, 16, 4096), True),

@@ -41,9 +41,10 @@ class SplitPlan:
 @jit()
 def first_key(context, window, HAS_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
     """Where the first tile starts: 0, or the tile that holds the oldest visible key."""
+    first = context * 0  # of one context or of many
     if HAS_WINDOW:
-        return tl.maximum(context - window, 0) // BLOCK_N * BLOCK_N
-    return 0
+        first = tl.maximum(context - window, 0) // BLOCK_N * BLOCK_N
+    return first
 
 
 @jit()
