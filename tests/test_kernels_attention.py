@@ -9,7 +9,7 @@ from kernel_checks import BF16, F16, F32, Paged, attention_truth, judge, tiers
 from nanovllm.kernels.decode_attention import decode_attention
 from nanovllm.kernels.launch_config import DecodeConfig, PrefillConfig
 from nanovllm.kernels.prefill_attention import prefill_attention
-from nanovllm.kernels.split_plan import plan_splits
+from nanovllm.kernels.split_plan import SplitPlan, plan_splits
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -177,8 +177,11 @@ SHARED = [
 ]
 
 
-@tiers(small=SHARED, large=SHARED)
-def test_slots_are_shared_by_length(device: str, dtype: torch.dtype, case: tuple) -> None:
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.interpret), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("case", SHARED, ids=str)
+def test_slots_are_shared_by_length(device: str, case: tuple) -> None:
     """And every key is somebody's, once, in whole tiles; slots that are left over are nobody's."""
     contexts, window, config, splits = case
     plan = plan_splits(torch.tensor(contexts, dtype=torch.int32, device=device), config, window)
@@ -194,3 +197,8 @@ def test_slots_are_shared_by_length(device: str, dtype: torch.dtype, case: tuple
         assert own[0][1] == oldest // config.block_n and own[-1][2] == context
         assert all(one[2] == other[1] * config.block_n < context for one, other in zip(own, own[1:], strict=False))
     assert sum(row[0] >= 0 for row in rows) == sum(splits) and all(row[0] == -1 for row in rows[sum(splits) :])
+
+
+def test_what_no_kernel_reads_is_not_planned() -> None:
+    config = DecodeConfig(16, 4, 16, 4, 2)
+    assert plan_splits(torch.tensor([640, 16], dtype=torch.int32), config) == SplitPlan(config)
