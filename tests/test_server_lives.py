@@ -278,4 +278,7 @@ def test_mistakes_on_the_command_line(options: list[str], sentence: str, capsys:
 def test_without_the_extra_it_says_what_to_install() -> None:
     code = "import sys; sys.modules['uvicorn'] = None; from nanovllm.cli import main; sys.exit(main(['serve', 'x']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
-    assert (done.returncode, done.stderr) == (2, "nanovllm: serve needs uvicorn: pip install 'nanovllm[server]'\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "nanovllm: serve needs uvicorn: pip install starlette uvicorn llguidance\n",
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ KEY_VARIABLE = "NANOVLLM_API_KEY"
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Declare the subcommand."""
-    parser = commands.add_parser("serve", help="answer OpenAI's HTTP API (needs the extra: nanovllm[server])")
+    parser = commands.add_parser("serve", help="answer OpenAI's HTTP API (needs starlette, uvicorn, llguidance)")
     parser.add_argument("model", help='directory, .gguf file, hub id, or the alias "smollm2"')
     group = parser.add_argument_group("server options")
     group.add_argument(
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         if (error.name or "").split(".")[0] not in _EXTRA:
             raise
-        raise ImportError(f"serve needs {error.name}: pip install 'nanovllm[server]'") from error
+        raise ImportError(f"serve needs {error.name}: pip install starlette uvicorn llguidance") from error
     options = engine_kwargs(args, seed=True)
     EngineConfig.from_kwargs(args.model, **options)  # mistakes that need no model
     keys = args.api_key or [key for key in [os.environ.get(KEY_VARIABLE)] if key is not None]
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         print(text, file=sys.stderr, flush=True)
 
     sys.setswitchinterval(_SWITCH_S)
-    if not serve(service, app, listen(args.host, args.port), load, args.shutdown_timeout, say):
+    if not asyncio.run(serve(service, app, listen(args.host, args.port), load, args.shutdown_timeout, say)):
         say("stopped while loading")
         os._exit(0)
     return 0

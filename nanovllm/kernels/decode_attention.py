@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from nanovllm.kernels import reference
-from nanovllm.kernels.jit import gpu_of, jit, require_unit_stride, use_triton
+from nanovllm.kernels.jit import jit, require_unit_stride, use_triton
 from nanovllm.kernels.kv_cache import check_cache, page_ids
 from nanovllm.kernels.launch_config import DecodeConfig, decode_config, next_power_of_2
-from nanovllm.kernels.split_plan import SplitPlan, first_key, longest_span, plan_splits, slot_keys, split_length
+from nanovllm.kernels.split_plan import SplitPlan, first_key, plan_step, slot_keys, split_length
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -196,10 +196,7 @@ def plan_decode_attention(
     k_cache: torch.Tensor, context_lens: torch.Tensor, max_context_len: int, window: int | None = None
 ) -> SplitPlan:
     """How a step's keys are split, for all layers of one shape and window."""
-    _, kv_heads, page, dim = k_cache.shape
-    longest = longest_span(max_context_len, window, page)
-    size, gpu = k_cache.element_size(), gpu_of(k_cache.device)
-    return plan_splits(context_lens, decode_config(context_lens.shape[0], kv_heads, dim, size, longest, gpu), window)
+    return plan_step(decode_config, k_cache, context_lens, max_context_len, window)
 
 
 def split_workspace(

@@ -30,7 +30,7 @@ from nanovllm.kernels.decode_attention import merge_splits, split_workspace
 from nanovllm.kernels.jit import gpu_of, jit, require_unit_stride, use_triton
 from nanovllm.kernels.kv_cache import check_cache, page_ids
 from nanovllm.kernels.launch_config import next_power_of_2, rope_attention_config
-from nanovllm.kernels.split_plan import SplitPlan, first_key, longest_span, plan_splits, slot_keys
+from nanovllm.kernels.split_plan import SplitPlan, first_key, plan_step, slot_keys
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -280,11 +280,7 @@ def plan_rope_attention(
     k_cache: torch.Tensor, context_lens: torch.Tensor, max_context_len: int, window: int | None = None
 ) -> SplitPlan:
     """How a step's keys are split, for all layers of one shape and window."""
-    _, kv_heads, page, dim = k_cache.shape
-    longest = longest_span(max_context_len, window, page)
-    size, gpu = k_cache.element_size(), gpu_of(k_cache.device)
-    config = rope_attention_config(context_lens.shape[0], kv_heads, dim, size, longest, gpu)
-    return plan_splits(context_lens, config, window)
+    return plan_step(rope_attention_config, k_cache, context_lens, max_context_len, window)
 
 
 def _constants(

@@ -8,13 +8,14 @@ Qwen3-0.6B, 2026-11-26). FlashInfer plans on the host; here the graph's first ke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from nanovllm.kernels.jit import jit, use_triton
-from nanovllm.kernels.launch_config import DecodeConfig, next_power_of_2
+from nanovllm.kernels.jit import gpu_of, jit, use_triton
+from nanovllm.kernels.launch_config import DecodeConfig, Gpu, next_power_of_2
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -131,6 +132,20 @@ def plan_splits(context_lens: torch.Tensor, config: DecodeConfig, window: int | 
         num_warps=max(block // 128, 1),
     )  # fmt: skip
     return plan
+
+
+def plan_step(
+    policy: Callable[[int, int, int, int, int, Gpu], DecodeConfig],
+    k_cache: torch.Tensor,
+    context_lens: torch.Tensor,
+    max_context_len: int,
+    window: int | None,
+) -> SplitPlan:
+    """By a policy of `launch_config`: the plan of all layers with this window and a k_cache [blocks, Hkv, page, D]."""
+    _, kv_heads, page, dim = k_cache.shape
+    longest, gpu = longest_span(max_context_len, window, page), gpu_of(k_cache.device)
+    config = policy(context_lens.shape[0], kv_heads, dim, k_cache.element_size(), longest, gpu)
+    return plan_splits(context_lens, config, window)
 
 
 def longest_span(max_context_len: int, window: int | None, page: int) -> int:

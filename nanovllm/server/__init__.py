@@ -1,4 +1,4 @@
-"""The engine behind OpenAI's HTTP interface: `nanovllm serve`. Needs the optional extra `nanovllm[server]`.
+"""The engine behind OpenAI's HTTP interface: `nanovllm serve`. Needs the optional extra `server`.
 
     body -> protocol (what is asked) -> chat | completions (prompts) -> AsyncLLM.follow -> answers -> JSON
 

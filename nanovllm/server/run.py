@@ -48,7 +48,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def serve(
+async def serve(
     service: Service,
     app: ASGIApp,
     sock: socket.socket,
@@ -61,17 +61,6 @@ def serve(
     Raises what `load` raises. False if the signal came while it ran: its thread is inside a library that nothing can
     interrupt, and the process has to end under it.
     """
-    return asyncio.run(_serve(service, app, sock, load, grace_s, say))
-
-
-async def _serve(
-    service: Service,
-    app: ASGIApp,
-    sock: socket.socket,
-    load: Callable[[], AsyncLLM],
-    grace_s: int,
-    say: Callable[[str], None],
-) -> bool:
     loop = asyncio.get_running_loop()
     server = _Server(
         uvicorn.Config(

@@ -49,7 +49,7 @@ def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def take_turns(replays: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What `rounds` turns of each took, shuffled; one more turn goes before and does not count: it warms up."""
+    """What `rounds` turns of each took, in balanced orders. One more goes before and does not count: it warms up."""
 
     def ignoring_turn(replay: Callable[[], float]) -> Callable[[int], float]:
         return lambda turn: replay()
